@@ -1,0 +1,27 @@
+"""Fused kernels for Mistral-style transformers, as torch ops. Every op takes `impl=` and defaults to the fastest."""
+
+from . import reference as reference
+from ._dispatch import backends
+from ._using import using
+from .attention import attention
+from .ring_cache import attention_cached, rope_write_kv, write_kv
+from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope, rope_table
+from .swiglu import swiglu, swiglu_packed
+
+__version__ = "0.1.0"
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "attention_cached",
+    "backends",
+    "reference",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "rope_write_kv",
+    "swiglu",
+    "swiglu_packed",
+    "using",
+    "write_kv",
+]

@@ -1,0 +1,173 @@
+"""From a public function to the kernel that runs: the registered torch op, or the implementation asked for.
+
+`impl=None` takes the production choice for the device of the inputs and, where that cannot do the case, the next
+that can, always with the same meaning. A named implementation never falls back: what cannot run raises.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _library
+
+IMPLS = ("reference", "cpu", "triton")
+
+
+@functools.cache
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors here (TRITON_INTERPRET=1, which Triton reads at its own import)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _triton_unusable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install mistral-kernels[triton])"
+    if not torch.cuda.is_available() and not triton_interpreted():
+        return "no GPU is here, and Triton's interpreter is off (start Python with TRITON_INTERPRET=1 to try it)"
+    return None
+
+
+def backends() -> dict[str, str | None]:
+    """Each implementation, with None where it is usable on this machine and the reason where it is not.
+
+    Returns:
+        A dict from the names that `impl=` takes to None or a sentence.
+    """
+    return {"reference": None, "cpu": _library.unusable, "triton": _triton_unusable()}
+
+
+def _tensors(args: tuple) -> list[torch.Tensor]:
+    return [a for a in args if isinstance(a, torch.Tensor)]
+
+
+def _supports_any(*args: Any) -> str | None:
+    return None
+
+
+class Op:
+    """One registered torch op with the implementations behind it.
+
+    Args:
+        schema: the op's schema without namespace, as `torch.library` takes it.
+        eager: the eager version on the op's own arguments; it defines what the op means.
+        fake: shapes, dtypes and strides of the outputs.
+        triton: "module:function" of the Triton launcher below this package, imported when first called.
+        triton_supports: returns why Triton cannot do these arguments, or None.
+        setup_context, backward: as `torch.library.register_autograd` takes them. An op without a backward raises
+            when it is differentiated.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        eager: Callable,
+        fake: Callable,
+        triton: str | None = None,
+        triton_supports: Callable[..., str | None] = _supports_any,
+        setup_context: Callable | None = None,
+        backward: Callable | None = None,
+    ):
+        self.name, _, self._signature = schema.partition("(")
+        self.eager = eager
+        self._fake, self._setup_context, self._backward = fake, setup_context, backward
+        self._triton_path, self._triton_supports = triton, triton_supports
+        self._auto = self._register(self.name)
+        self.compiled = _library.has_kernel(self.name, "CPU")
+        if not self.compiled:
+            _library.library.impl(self.name, eager, "CPU")
+        if not _library.has_kernel(self.name, "CUDA"):
+            _library.library.impl(self.name, self._run_on_gpu, "CUDA")
+        self._triton = None
+        if triton is not None:
+            self._triton = self._register(self.name + "_triton")
+            _library.library.impl(self.name + "_triton", self._run_triton, "CompositeExplicitAutograd")
+
+    def _register(self, name: str) -> Any:
+        _library.library.define(f"{name}({self._signature}")
+        qualified = f"{_library.NAMESPACE}::{name}"
+        torch.library.register_fake(qualified, self._fake, lib=_library.library)
+        op = getattr(getattr(torch.ops, _library.NAMESPACE), name).default
+        if not op._schema.is_mutable:
+            backward = self._backward or functools.partial(_not_differentiable, self.name)
+            torch.library.register_autograd(
+                qualified, backward, setup_context=self._setup_context, lib=_library.library
+            )
+        return op
+
+    def _run_triton(self, *args: Any) -> Any:
+        module, _, function = str(self._triton_path).partition(":")
+        return getattr(importlib.import_module(f".{module}", __package__), function)(*args)
+
+    def _triton_reason(self, args: tuple) -> str | None:
+        """Why Triton cannot run these arguments here, or None."""
+        if self._triton is None:
+            return "not written in Triton"
+        if (reason := _triton_unusable()) is not None:
+            return reason
+        tensors = _tensors(args)
+        if tensors[0].device.type != "cuda" and not triton_interpreted():
+            return f"the inputs are on {tensors[0].device.type}"
+        if any(t.dtype == torch.float64 for t in tensors):
+            return "it has no float64"
+        return self._triton_supports(*args)
+
+    def _run_on_gpu(self, *args: Any) -> Any:
+        return (self._run_triton if self._triton_reason(args) is None else self.eager)(*args)
+
+    def _cpu_reason(self, args: tuple) -> str | None:
+        if _library.unusable is not None:
+            return _library.unusable
+        if not self.compiled:
+            return "not written in C++"
+        if (device := _tensors(args)[0].device.type) not in ("cpu", "meta"):
+            return f"the inputs are on {device}"
+        return None
+
+    def reasons(self, *args: Any) -> dict[str, str | None]:
+        """Each implementation of this op, with None or why it cannot run these arguments."""
+        return {"reference": None, "cpu": self._cpu_reason(args), "triton": self._triton_reason(args)}
+
+    def __call__(self, impl: str | None, *args: Any) -> Any:
+        if impl is None:
+            return self._auto(*args)
+        if impl == "reference":
+            return self.eager(*args)
+        reasons = self.reasons(*args) if impl in IMPLS else {}
+        if impl not in IMPLS or reasons[impl] is not None:
+            raise _unusable(self.name, impl, reasons)
+        return (self._triton if impl == "triton" else self._auto)(*args)
+
+
+def _unusable(op: str, impl: str, reasons: dict[str, str | None]) -> Exception:
+    if impl not in IMPLS:
+        return ValueError(f"impl is {impl!r}; it must be None or one of {', '.join(map(repr, IMPLS))}")
+    able = ", ".join(name for name, reason in reasons.items() if reason is None)
+    return NotImplementedError(f"{op}: impl={impl!r} cannot run here: {reasons[impl]}; able here: {able}")
+
+
+def _not_differentiable(op: str, *_: Any) -> Any:
+    raise NotImplementedError(f"mistral_kernels::{op} cannot be differentiated (no second derivatives, no caches)")
+
+
+def check_impl(impl: str | None) -> None:
+    """Raises unless `impl` is None or usable on this machine.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: a known one that cannot run here, with the reason and those that can.
+    """
+    if impl is None:
+        return
+    reasons = backends()
+    if impl not in reasons or reasons[impl] is not None:
+        raise _unusable("mistral_kernels", impl, reasons)

@@ -1,0 +1,31 @@
+"""The ops with one implementation chosen for all of them."""
+
+import functools
+from types import SimpleNamespace
+
+from ._dispatch import check_impl
+from .attention import attention
+from .ring_cache import attention_cached, rope_write_kv, write_kv
+from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope, rope_table
+from .swiglu import swiglu, swiglu_packed
+
+OPS = (add_rms_norm, attention, attention_cached, rms_norm, rope, rope_write_kv, swiglu, swiglu_packed, write_kv)
+
+
+def using(impl: str | None = None) -> SimpleNamespace:
+    """The package's ops, each bound to one implementation: `using(impl="triton").rms_norm(x, weight)`.
+
+    Args:
+        impl: None, "reference", "cpu" or "triton".
+
+    Returns:
+        A namespace with the ops of `mistral_kernels`.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: an implementation that cannot run on this machine, with the reason.
+    """
+    check_impl(impl)
+    bound = {op.__name__: functools.update_wrapper(functools.partial(op, impl=impl), op) for op in OPS}
+    return SimpleNamespace(rope_table=rope_table, impl=impl, **bound)

@@ -1,0 +1,171 @@
+"""Sliding-window grouped-query attention, dense and packed."""
+
+import itertools
+
+import torch
+
+from .. import _checks
+from .._dispatch import Op
+from . import reference
+
+MAX_TRITON_HEAD_DIM = 256
+
+
+def _fake(q, k, v, window, scale, causal, cu_q, cu_k, max_q, max_k):
+    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=_checks.accumulate_dtype(q.dtype))
+
+
+def _triton_supports(q, *_):
+    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"the head dimension is {q.shape[-1]}, over {MAX_TRITON_HEAD_DIM}"
+    return None
+
+
+_LENGTHS = "int window, float scale, bool causal, Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k"
+_backward = Op(
+    "attention_backward(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" {_LENGTHS}) -> (Tensor, Tensor, Tensor)",
+    eager=reference.attention_backward,
+    fake=lambda dout, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ctx.window, ctx.scale, ctx.causal, cu_q, cu_k, ctx.max_q, ctx.max_k = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+
+
+def _gradients(ctx, dout, dlse):
+    q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+    lengths = (ctx.window, ctx.scale, ctx.causal, cu_q, cu_k, ctx.max_q, ctx.max_k)
+    return *_backward(None, dout, dlse, q, k, v, out, lse, *lengths), *(None,) * 7
+
+
+_attention = Op(
+    f"attention(Tensor q, Tensor k, Tensor v, {_LENGTHS}) -> (Tensor, Tensor)",
+    eager=reference.attention,
+    fake=_fake,
+    triton="attention.triton_forward:attention",
+    triton_supports=_triton_supports,
+    setup_context=_save,
+    backward=_gradients,
+)
+
+
+def check_window(window: int | None) -> int:
+    """The window as the ops take it: 0 for none."""
+    if window is None:
+        return 0
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window is {window!r}; it must be None or an int of at least 1 (keys seen, itself included)")
+    return window
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str = "k", v_name: str = "v") -> None:
+    """k and v agree, and q's heads are a multiple of theirs."""
+    if k.shape != v.shape:
+        raise ValueError(f"{v_name} is {_checks.shape(v)} but {k_name} is {_checks.shape(k)}; they must be equal")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] < 1:
+        raise ValueError(f"q has head dimension {q.shape[-1]} and {k_name} {k.shape[-1]}; they must be equal")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads and {k_name} {kv_heads}; q's must be a multiple of {k_name}'s")
+
+
+def _check_dense(q: torch.Tensor, k: torch.Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"q is {_checks.shape(q)} and k {_checks.shape(k)}; without cu_seqlens they must be [B, S, H, D]"
+            " and [B, Sk, Hkv, D]"
+        )
+
+
+def check_cu_seqlens(name: str, cu: torch.Tensor, tokens: int, sequences: int | None = None) -> None:
+    """`[sequences + 1]`, from 0 to `tokens`, never falling. Values are read on a CPU only, and not while tracing."""
+    if cu.dim() != 1 or cu.numel() < 1 or sequences not in (None, cu.numel() - 1):
+        needed = "sequences + 1" if sequences is None else sequences + 1
+        raise ValueError(f"{name} is {_checks.shape(cu)}; it must be [{needed}]")
+    if torch.compiler.is_compiling() or cu.device.type != "cpu":
+        return
+    ends = cu.tolist()
+    if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"{name} is {ends}; it must start at 0, never fall and end at the {tokens} packed tokens")
+
+
+def _check_packed(q: torch.Tensor, k: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor) -> None:
+    if q.dim() != 3 or k.dim() != 3:
+        raise ValueError(
+            f"q is {_checks.shape(q)} and k {_checks.shape(k)}; with cu_seqlens they must be [T, H, D] and [Tk, Hkv, D]"
+        )
+    _checks.integral(q.device, (torch.int32,), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    check_cu_seqlens("cu_seqlens_q", cu_q, q.shape[0])
+    check_cu_seqlens("cu_seqlens_k", cu_k, k.shape[0], cu_q.numel() - 1)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    *,
+    impl: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention by FlashAttention-2 (Dao 2023, algorithm 1) with grouped heads and a sliding window.
+
+    Query head h reads the keys of head `h // (H / Hkv)`; keys and values are never repeated in memory. With a
+    window, the query at position i sees the keys j with `i − window < j <= i`: `window` keys, itself included, the
+    meaning in Hugging Face 5, mistral-inference, vLLM and llama.cpp (flash-attn's `(window − 1, 0)`). With more
+    keys than queries the last query is aligned with the last key. Two queries, five keys, window 3:
+
+        0 1 1 1 0
+        0 0 1 1 1
+
+    Args:
+        q: `[B, S, H, D]`, or packed `[T, H, D]` with cu_seqlens. Any D; multiples of 8 up to 256 are fast.
+        k, v: `[B, Sk, Hkv, D]` or `[Tk, Hkv, D]`; H a multiple of Hkv.
+        window: None, or the number of visible keys, at least 1.
+        scale: of the scores; None for `D ** -0.5`.
+        causal: False lets every query see every key, and takes no window.
+        cu_seqlens_q: `[sequences + 1]` int32, where each packed sequence starts, and T; empty sequences are legal.
+        cu_seqlens_k: the same for k and v; None for the queries' own.
+        max_seqlen_q, max_seqlen_k: the longest packed sequence, if known: spares GPU kernels empty blocks.
+        return_lse: also return the log of the softmax's denominator.
+        impl: None for the fastest that can, or "reference", "cpu", "triton".
+
+    Returns:
+        out like q, contiguous; with `return_lse` also lse, float32 `[B, H, S]` or `[H, T]`, natural logarithm. A
+        query that sees no key gives 0, lse −inf and zero gradients. Scores and softmax are in float32, the
+        probabilities are rounded to the dtype before the product with v, the output is rounded once.
+
+    Raises:
+        TypeError: a tensor of the wrong kind.
+        ValueError: shapes, devices, window or cu_seqlens do not fit.
+        NotImplementedError: `impl` cannot run here.
+    """
+    _checks.floating(q=q, k=k, v=v)
+    width = check_window(window)
+    if width and not causal:
+        raise ValueError(f"window is {window} with causal=False; a window needs causal=True")
+    if cu_seqlens_q is None and cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k is given without cu_seqlens_q; packed attention needs cu_seqlens_q")
+    if cu_seqlens_q is None:
+        _check_dense(q, k)
+        max_q, max_k = q.shape[1], k.shape[1]
+    else:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        _check_packed(q, k, cu_seqlens_q, cu_seqlens_k)
+        max_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
+        max_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+    check_heads(q, k, v)
+    q, k, v = _checks.promote(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = _attention(impl, q, k, v, width, scale, causal, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,357 @@
+"""Input makers, float64 truth and error budgets, shared by the tests, the benchmarks and `verify`.
+
+The rule: with truth = the eager op on float64 inputs and eager = the eager op in the tested dtype, a result passes
+where both hold:
+
+    max|out − truth| <= 2 · max|eager − truth| + ulp
+    rms(out − truth) <= 1.1 · rms(eager − truth) + ulp / 4
+
+with ulp the spacing of the dtype at the largest |truth| (in the first) and at the RMS of truth (in the second, where it
+lets results through that are exact in eager and less than one rounding off).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import mistral_kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("gaussian", "ramp", "one_hot", "large")
+MUTATED = ("k_cache", "v_cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """How far one output is from the truth, and how far eager is."""
+
+    output: str
+    max_error: float
+    max_eager: float
+    rms_error: float
+    rms_eager: float
+    max_budget: float
+    rms_budget: float
+
+    @property
+    def ratio(self) -> float:
+        """The larger of the two errors as a share of its budget: at most 1 passes; nan never does."""
+        shares = [_share(self.max_error, self.max_budget), _share(self.rms_error, self.rms_budget)]
+        return math.nan if any(math.isnan(s) for s in shares) else max(shares)
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= 1
+
+
+def _share(error: float, budget: float) -> float:
+    return error / budget if budget > 0 else (0.0 if error == 0 else math.inf if error > 0 else math.nan)
+
+
+def _ulp(dtype: torch.dtype, magnitude: float) -> float:
+    info = torch.finfo(dtype)
+    return max(info.eps * 2.0 ** math.floor(math.log2(magnitude)), info.tiny) if magnitude > 0 else info.tiny
+
+
+def _rms(t: torch.Tensor) -> float:
+    return t.square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def compare(name: str, out: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> Errors:
+    """The errors of `out` and of `eager` against `truth`, all of one shape; out and eager of one dtype."""
+    if out.shape != truth.shape or out.dtype != eager.dtype:
+        raise AssertionError(f"{name} is {out.shape} {out.dtype}; the eager op gives {eager.shape} {eager.dtype}")
+    o, e, t = (x.detach().double().cpu() for x in (out, eager, truth))
+    finite = t.isfinite()
+    if not torch.equal(torch.where(finite, 0.0, t).nan_to_num(), torch.where(finite, 0.0, o).nan_to_num()):
+        return Errors(name, math.nan, math.nan, math.nan, math.nan, 0.0, 0.0)
+    o, e, t = o[finite], e[finite], t[finite]
+    largest = t.abs().max().item() if t.numel() else 0.0
+    max_error = (o - t).abs().max().item() if t.numel() else 0.0
+    max_eager = (e - t).abs().max().item() if t.numel() else 0.0
+    rms_error, rms_eager = _rms(o - t), _rms(e - t)
+    max_budget = 2 * max_eager + _ulp(out.dtype, largest)
+    rms_budget = 1.1 * rms_eager + _ulp(out.dtype, _rms(t)) / 4
+    return Errors(name, max_error, max_eager, rms_error, rms_eager, max_budget, rms_budget)
+
+
+def fill(shape: tuple[int, ...], kind: str = "gaussian", seed: int = 0) -> torch.Tensor:
+    """A float64 tensor of one kind of values; structured ones show indexing faults that Gaussian ones hide.
+
+    Args:
+        shape: of the tensor.
+        kind: "gaussian"; "ramp", values rising through memory within [−1, 1]; "one_hot", a single 1 in each last
+            dimension, elsewhere 0; "large", Gaussian with a deviation of 30.
+        seed: of the generator.
+    """
+    count = math.prod(shape)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "ramp":
+        return torch.linspace(-1, 1, max(count, 1), dtype=torch.float64)[:count].roll(seed).view(shape)
+    if kind == "one_hot":
+        out = torch.zeros(shape, dtype=torch.float64)
+        if count:
+            out.scatter_(-1, torch.randint(shape[-1], (*shape[:-1], 1), generator=generator), 1.0)
+        return out
+    values = torch.randn(shape, dtype=torch.float64, generator=generator)
+    return values * 30 if kind == "large" else values
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of one public op: its keyword arguments in float64 (integers as they are)."""
+
+    op: str
+    label: str
+    make: Callable[[str], dict[str, Any]]
+
+    def arguments(self, dtype: torch.dtype, device: str = "cpu", kind: str = "gaussian") -> dict[str, Any]:
+        """The arguments in `dtype` (rope tables in float32 unless it is float64), on `device`."""
+        return {name: _convert(name, value, dtype, device) for name, value in self.make(kind).items()}
+
+
+def _convert(name: str, value: Any, dtype: torch.dtype, device: str) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not value.is_floating_point():
+        return value.to(device)
+    if name in ("cos", "sin") and dtype != torch.float64:
+        dtype = torch.float32
+    return value.to(device=device, dtype=dtype)
+
+
+def call(op: str, arguments: dict[str, Any], impl: str | None) -> dict[str, torch.Tensor]:
+    """Runs the op on clones of what it may write; returns its outputs, and what it wrote, by name."""
+    arguments = {n: v.clone() if n in MUTATED and isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    result = getattr(mistral_kernels, op)(**arguments, impl=impl)
+    outputs = result if isinstance(result, tuple) else () if result is None else (result,)
+    named = {f"out{i}": t for i, t in enumerate(outputs)}
+    if "write" in op:
+        named |= {n: arguments[n] for n in MUTATED}
+    return named
+
+
+def call_with_gradients(op: str, arguments: dict[str, Any], impl: str | None) -> dict[str, torch.Tensor]:
+    """Runs the op forward and backward from fixed Gaussian gradients; returns outputs and gradients by name."""
+    leaves = {
+        n: v.detach().clone().requires_grad_()
+        for n, v in arguments.items()
+        if isinstance(v, torch.Tensor) and v.is_floating_point() and n not in ("cos", "sin")
+    }
+    outputs = call(op, arguments | leaves, impl)
+    seeds = [fill(tuple(t.shape), seed=7 + i).to(t) for i, t in enumerate(outputs.values())]
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), seeds)
+    return outputs | {f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}
+
+
+def parity(
+    case: Case,
+    dtype: torch.dtype,
+    impl: str | None,
+    device: str = "cpu",
+    kind: str = "gaussian",
+    gradients: bool = False,
+) -> list[Errors]:
+    """The errors of every output (and gradient) of `case` under `impl`, against eager on the same rounded inputs."""
+    arguments = case.arguments(dtype, device, kind)
+    exact = {n: _convert(n, v, torch.float64, device) for n, v in arguments.items()}
+    run = call_with_gradients if gradients else call
+    eager, truth = run(case.op, arguments, "reference"), run(case.op, exact, "reference")
+    out = run(case.op, arguments, impl)
+    return [compare(name, out[name], eager[name], truth[name]) for name in truth]
+
+
+def assert_parity(case: Case, dtype: torch.dtype, impl: str | None, **how: Any) -> list[Errors]:
+    """`parity`, raising AssertionError with the errors and budgets where one fails."""
+    errors = parity(case, dtype, impl, **how)
+    failed = [e for e in errors if not e.passed]
+    assert not failed, f"{case.op} {case.label} {dtype} impl={impl} {how}: {failed}"
+    return errors
+
+
+# ---- makers: one function an op, giving a Case ----
+
+
+def norm_case(shape: tuple[int, ...], rounding: str = "model", eps: float = 1e-5) -> Case:
+    def make(kind: str) -> dict[str, Any]:
+        return dict(x=fill(shape, kind), weight=1 + 0.3 * fill(shape[-1:], seed=1), eps=eps, rounding=rounding)
+
+    return Case("rms_norm", f"{list(shape)} {rounding}", make)
+
+
+def add_norm_case(shape: tuple[int, ...], rounding: str = "model") -> Case:
+    def make(kind: str) -> dict[str, Any]:
+        return norm_case(shape, rounding).make(kind) | dict(residual=fill(shape, kind, seed=2))
+
+    return Case("add_rms_norm", f"{list(shape)} {rounding}", make)
+
+
+def swiglu_case(shape: tuple[int, ...]) -> Case:
+    return Case("swiglu", str(list(shape)), lambda kind: dict(gate=fill(shape, kind), up=fill(shape, kind, seed=1)))
+
+
+def swiglu_packed_case(shape: tuple[int, ...]) -> Case:
+    return Case("swiglu_packed", str(list(shape)), lambda kind: dict(gate_up=fill(shape, kind)))
+
+
+def _tables(dim: int, rows: int) -> dict[str, torch.Tensor]:
+    cos, sin = mistral_kernels.rope_table(dim, 10_000.0, rows, dtype=torch.float64)
+    return dict(cos=cos.float().double(), sin=sin.float().double())
+
+
+def rope_case(
+    batch: int | None, length: int, heads: int, kv_heads: int, dim: int, interleaved: bool = False, first: int = 0
+) -> Case:
+    """batch None: packed. `first` shifts the positions; 0 leaves them to the default."""
+
+    def make(kind: str) -> dict[str, Any]:
+        lead = (length,) if batch is None else (batch, length)
+        made = dict(q=fill((*lead, heads, dim), kind), k=fill((*lead, kv_heads, dim), kind, seed=1))
+        made |= _tables(dim, first + length + 1) | dict(interleaved=interleaved)
+        if first:
+            made["positions"] = torch.arange(first, first + length).expand(lead).contiguous()
+        return made
+
+    return Case("rope", f"{batch}x{length} {heads}/{kv_heads} D{dim} interleaved={interleaved} from {first}", make)
+
+
+def attention_case(
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None = None,
+    causal: bool = True,
+    return_lse: bool = True,
+) -> Case:
+    def make(kind: str) -> dict[str, Any]:
+        q = fill((batch, queries, heads, dim), kind)
+        k, v = (fill((batch, keys, kv_heads, dim), kind, seed=s) for s in (1, 2))
+        return dict(q=q, k=k, v=v, window=window, causal=causal, return_lse=return_lse)
+
+    return Case("attention", f"{batch}x{queries}/{keys} {heads}/{kv_heads} D{dim} W{window} causal={causal}", make)
+
+
+def packed_attention_case(
+    lengths: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, window: int | None = None
+) -> Case:
+    """lengths: (queries, keys) of each sequence."""
+
+    def make(kind: str) -> dict[str, Any]:
+        ends = [[0], [0]]
+        for pair in lengths:
+            for end, n in zip(ends, pair, strict=True):
+                end.append(end[-1] + n)
+        cu_q, cu_k = (torch.tensor(e, dtype=torch.int32) for e in ends)
+        q = fill((ends[0][-1], heads, dim), kind)
+        k, v = (fill((ends[1][-1], kv_heads, dim), kind, seed=s) for s in (1, 2))
+        return dict(q=q, k=k, v=v, window=window, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=True)
+
+    return Case("attention", f"packed {lengths} {heads}/{kv_heads} D{dim} W{window}", make)
+
+
+def _ring(
+    lengths: list[int], before: list[int], slots: int, heads: int, kv_heads: int, dim: int, kind: str
+) -> dict[str, Any]:
+    """Packed chunks of `lengths` tokens behind `before` tokens that full rings already hold."""
+    tokens, shape = sum(lengths), (len(lengths), slots, kv_heads, dim)
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    k, v = (fill((tokens, kv_heads, dim), kind, seed=s) for s in (1, 2))
+    caches = dict(k_cache=fill(shape, kind, seed=3), v_cache=fill(shape, kind, seed=4))
+    steps = [torch.arange(b, b + n) for b, n in zip(before, lengths, strict=True)]
+    positions = torch.cat([torch.empty(0, dtype=torch.int64), *steps])
+    return dict(q=fill((tokens, heads, dim), kind), k=k, v=v, positions=positions, cu_seqlens=ends) | caches
+
+
+def rope_write_case(
+    lengths: list[int],
+    before: list[int],
+    slots: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    interleaved: bool = False,
+) -> Case:
+    def make(kind: str) -> dict[str, Any]:
+        made = _ring(lengths, before, slots, heads, kv_heads, dim, kind)
+        rows = max((b + n for b, n in zip(before, lengths, strict=True)), default=0) + 1
+        return made | _tables(dim, rows) | dict(interleaved=interleaved)
+
+    return Case("rope_write_kv", f"{lengths} after {before} slots {slots} {heads}/{kv_heads} D{dim}", make)
+
+
+def write_case(lengths: list[int], before: list[int], slots: int, kv_heads: int, dim: int) -> Case:
+    def make(kind: str) -> dict[str, Any]:
+        made = _ring(lengths, before, slots, kv_heads, kv_heads, dim, kind)
+        return {n: made[n] for n in ("k", "v", "k_cache", "v_cache", "positions", "cu_seqlens")}
+
+    return Case("write_kv", f"{lengths} after {before} slots {slots} {kv_heads} D{dim}", make)
+
+
+def cached_case(
+    lengths: list[int],
+    before: list[int],
+    slots: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None = None,
+    chunk: bool = True,
+) -> Case:
+    """chunk: attend over [ring | chunk]; else over the ring alone, which already holds the queries' own tokens."""
+
+    def make(kind: str) -> dict[str, Any]:
+        ring = _ring(lengths, before, slots, heads, kv_heads, dim, kind)
+        made = {n: ring[n] for n in ("q", "k_cache", "v_cache", "cu_seqlens")} | dict(window=window)
+        made["seq_lens"] = torch.tensor(before, dtype=torch.int32)
+        return made | (dict(k_new=ring["k"], v_new=ring["v"]) if chunk else {})
+
+    where = "ring+chunk" if chunk else "ring"
+    return Case(
+        "attention_cached", f"{where} {lengths} after {before} slots {slots} {heads}/{kv_heads} D{dim} W{window}", make
+    )
+
+
+def cases() -> Iterator[Case]:
+    """A grid that visits every op: odd sizes, tails, windows inside and over the length, ragged and empty sequences."""
+    for rounding in ("model", "fp32"):
+        for shape in ((1, 1), (3, 8), (2, 5, 96), (7, 576), (5, 1000), (2, 4096), (3, 5125)):
+            yield norm_case(shape, rounding)
+            yield add_norm_case(shape, rounding)
+    yield norm_case((0, 16))
+    for shape in ((1, 1), (3, 7), (2, 3, 1536), (5, 1000), (2, 14336)):
+        yield swiglu_case(shape)
+        yield swiglu_packed_case((*shape[:-1], 2 * shape[-1]))
+    for interleaved in (False, True):
+        yield rope_case(2, 5, 4, 2, 64, interleaved)
+        yield rope_case(None, 7, 9, 3, 128, interleaved, first=1000)
+        yield rope_case(1, 3, 3, 1, 96, interleaved, first=31)
+        yield rope_case(1, 2, 7, 7, 10, interleaved)
+    for dim in (8, 40, 64, 80, 96, 128, 256):
+        yield attention_case(2, 33, 33, 6, 2, dim, window=16)
+    for window in (None, 1, 3, 64, 65, 500):
+        yield attention_case(1, 130, 130, 4, 1, 64, window)
+    yield attention_case(1, 1, 97, 7, 1, 64, window=33)
+    yield attention_case(1, 17, 217, 9, 3, 64, window=64)
+    yield attention_case(1, 70, 20, 2, 2, 32)
+    yield attention_case(2, 19, 41, 4, 2, 64, causal=False)
+    yield attention_case(0, 5, 5, 2, 1, 16)
+    yield packed_attention_case([(5, 5), (0, 0), (70, 70), (1, 1)], 6, 2, 64, window=32)
+    yield packed_attention_case([(3, 60), (0, 4), (4, 0), (33, 33)], 4, 4, 128)
+    for lengths, before, slots in (([5, 7, 2], [0, 1, 3], 3), ([1, 1, 1], [0, 63, 1000], 64), ([0, 200], [5, 0], 64)):
+        yield rope_write_case(lengths, before, slots, 6, 2, 64)
+        yield rope_write_case(lengths, before, slots, 3, 1, 128, interleaved=True)
+        yield write_case(lengths, before, slots, 2, 64)
+    for dim in (64, 96, 128):
+        yield cached_case([1, 1, 1, 1], [1, 40, 64, 999], 64, 6, 2, dim, window=64, chunk=False)
+    yield cached_case([1, 1], [0, 7], 16, 7, 1, 64, window=8, chunk=False)
+    yield cached_case([3, 3], [3, 90], 64, 4, 2, 64, window=60, chunk=False)
+    yield cached_case([1, 1], [50, 64], 64, 8, 8, 64, chunk=False)
+    for window in (3, 16):
+        yield cached_case([16, 5, 1, 0, 33], [0, 3, 77, 4, 16], 16, 6, 2, 64, window=window)
+    yield cached_case([17, 1], [0, 100], 128, 9, 3, 128)

@@ -1,0 +1,131 @@
+"""Builds one shared library on torch's stable ABI: csrc/cpu once for each instruction set, csrc/torch once.
+
+Writes a ninja file and lets ninja run the compiler. torch is only looked up for its headers, never imported, and may
+be missing: then the package is built without the library, and everything but the C++ kernels works.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+LIBRARY = "libmistral_kernels.so"
+TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11 and later
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512"
+# Instruction set: (float lanes of a vector, flags). Chosen once at run time, the last that the processor has.
+X86_TIERS = {
+    "base": (4, ""),
+    "avx2": (8, "-mavx2 -mfma -mf16c -mbmi2"),
+    "avx512": (16, AVX512),
+    "avx512bf16": (16, AVX512 + " -mavx512bf16"),
+}
+OTHER_TIERS = {"base": (4, "")}
+# -ffp-contract=fast lets a*b+c become one FMA; -fno-math-errno and -fno-trapping-math free the vectoriser.
+FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+
+
+def find_torch() -> Path | None:
+    """The folder of the torch that the package will run with, seen through pip's build isolation too."""
+    spec = find_spec("torch")
+    places = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    places += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    return next((p for p in places if (p / "include/torch/csrc/stable/library.h").exists()), None)
+
+
+def find_ninja() -> str | None:
+    beside = Path(sys.executable).with_name("ninja")
+    return str(beside) if beside.exists() else shutil.which("ninja")
+
+
+def missing_tool() -> str | None:
+    """Why the library cannot be built here, or None."""
+    if find_torch() is None:
+        return "torch is not installed in this environment"
+    if shutil.which(compiler()) is None:
+        return f"the C++ compiler {compiler()!r} is not found"
+    if find_ninja() is None:
+        return "ninja is not found"
+    return None
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def jobs() -> int:
+    """One for each core, but no more than memory carries at 1.5 GB a compiler."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(os.cpu_count() or 1, int(memory / 1.5e9)))
+
+
+def ninja_file(torch: Path, folder: Path, output: Path) -> str:
+    tiers = X86_TIERS if platform.machine() in ("x86_64", "AMD64") else OTHER_TIERS
+    lines = [
+        f"cxx = {compiler()}",
+        f"flags = {FLAGS} -I{ROOT / 'csrc'}",
+        f"torch = -DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {torch / 'include'}",
+        "rule compile",
+        "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $what",
+        "rule link",
+        f"  command = $cxx -shared -o $out $in -L{torch / 'lib'} -ltorch_cpu",
+        "  description = link $out",
+    ]
+    objects = []
+
+    def add(source: Path, name: str, extra: str, what: str) -> None:
+        objects.append(folder / f"{name}.o")
+        lines.extend([f"build {objects[-1]}: compile {source}", f"  extra = {extra}", f"  what = {what}"])
+
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        for tier, (lanes, extra) in tiers.items():
+            defines = f"-DMK_ISA={tier} -DMK_LANES={lanes} -DMK_BF16={int(tier == 'avx512bf16')} {extra}"
+            add(source, f"cpu_{source.stem}_{tier}", defines, f"csrc/cpu/{source.name} for {tier}")
+    for source in sorted((ROOT / "csrc/torch").glob("*.cpp")):
+        x86 = f"-DMK_X86={int(len(tiers) > 1)}"
+        add(source, f"torch_{source.stem}", f"{x86} $torch", f"csrc/torch/{source.name}")
+    lines += [f"build {output}: link {' '.join(map(str, objects))}", f"default {output}", ""]
+    return "\n".join(lines)
+
+
+class BuildLibrary(build_ext):
+    """Runs ninja where setuptools would run a compiler; the result lies in the package as data."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
+
+    def build_extension(self, ext: Extension) -> None:
+        reason = missing_tool()
+        if reason is not None:
+            self.warn(f"mistral_kernels is built WITHOUT its C++ kernels: {reason}")
+            return
+        folder, torch = (ROOT / self.build_temp).resolve(), find_torch()
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        for path in (folder, output.parent):
+            path.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(torch, folder, output))
+        subprocess.run([find_ninja(), "-C", str(folder), f"-j{jobs()}"], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        if missing_tool() is None:
+            super().copy_extensions_to_source()
+
+    def get_outputs(self) -> list[str]:
+        return [] if missing_tool() is not None else super().get_outputs()
+
+
+setup(
+    ext_modules=[Extension("mistral_kernels.libmistral_kernels", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildLibrary},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
