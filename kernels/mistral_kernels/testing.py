@@ -147,6 +147,17 @@ def call_with_gradients(op: str, arguments: dict[str, Any], impl: str | None) ->
     return outputs | {f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}
 
 
+def errors(op: str, arguments: dict[str, Any], impl: str | None, gradients: bool = False) -> list[Errors]:
+    """The errors of every output (and gradient) of one call under `impl`, against eager on the same values."""
+    exact = {
+        n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in arguments.items()
+    }
+    run = call_with_gradients if gradients else call
+    eager, truth = run(op, arguments, "reference"), run(op, exact, "reference")
+    out = run(op, arguments, impl)
+    return [compare(name, out[name], eager[name], truth[name]) for name in truth]
+
+
 def parity(
     case: Case,
     dtype: torch.dtype,
@@ -155,21 +166,16 @@ def parity(
     kind: str = "gaussian",
     gradients: bool = False,
 ) -> list[Errors]:
-    """The errors of every output (and gradient) of `case` under `impl`, against eager on the same rounded inputs."""
-    arguments = case.arguments(dtype, device, kind)
-    exact = {n: _convert(n, v, torch.float64, device) for n, v in arguments.items()}
-    run = call_with_gradients if gradients else call
-    eager, truth = run(case.op, arguments, "reference"), run(case.op, exact, "reference")
-    out = run(case.op, arguments, impl)
-    return [compare(name, out[name], eager[name], truth[name]) for name in truth]
+    """`errors` of a case's arguments, rounded to `dtype`."""
+    return errors(case.op, case.arguments(dtype, device, kind), impl, gradients)
 
 
 def assert_parity(case: Case, dtype: torch.dtype, impl: str | None, **how: Any) -> list[Errors]:
     """`parity`, raising AssertionError with the errors and budgets where one fails."""
-    errors = parity(case, dtype, impl, **how)
-    failed = [e for e in errors if not e.passed]
+    found = parity(case, dtype, impl, **how)
+    failed = [e for e in found if not e.passed]
     assert not failed, f"{case.op} {case.label} {dtype} impl={impl} {how}: {failed}"
-    return errors
+    return found
 
 
 # ---- makers: one function an op, giving a Case ----
