@@ -136,9 +136,7 @@ def launch(kernel: Any, programs: int, config: Config, *args: Any, **constants: 
     def run() -> None:
         if config.tma:
             triton.set_allocator(_scratch)
-        kernel[(programs,)](
-            *args, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True
-        )
+        kernel[(programs,)](*args, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
 
     # In a context of its own, so that the allocator an application has set stays set.
     contextvars.copy_context().run(run) if config.tma else run()

@@ -169,8 +169,8 @@ def attention_forward(
         acc = accumulate(acc, p, v, decay)
     dead = l == 0.0
     total = tl.where(dead, 1.0, l)
-    # scale / scale2 rather than ln 2: it undoes the rounding of scale2.
-    lse = tl.where(dead, float("-inf"), (m + tl.math.log2(total)) * (scale / scale2))
+    # scale / scale2 is ln 2 but for the rounding of scale2, which it undoes.
+    lse = tl.where(dead, float("-inf"), m * (scale / scale2) + tl.log(total))
     _store(Out, Lse, acc / total[:, None], lse, q0 + first_row, lse_row, rows, live, h, H, D, DP)
 
 

@@ -1,0 +1,245 @@
+"""Attention over a ring cache, or over [ring | chunk], in Triton: split over the keys for decoding.
+
+All is counted in positions: the ring holds positions `n − slots .. n − 1` of a sequence that saw n tokens, position p
+in slot `p % slots`, and the chunk those from n on. So the visible part of the ring is one run of positions that wraps
+round at most once, and slots outside the window are never read.
+"""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from ..attention.triton_blocks import (
+    LOG2E,
+    Config,
+    accumulate,
+    launch,
+    load_keys,
+    load_rows,
+    padded,
+    positive_scale,
+    product,
+    readable,
+    softmax_step,
+)
+
+# Programs that fill a GPU: three for each of the 132 multiprocessors of an H100. Fixed, so that results do not depend
+# on the device.
+PROGRAMS = 396
+MAX_SPLITS = 128
+
+
+@triton.jit
+def _step(acc, m, l, q, k, v, positions, keys, end, scale2, W, WINDOW: tl.constexpr):
+    distance = positions[:, None] - keys[None, :]
+    seen = (distance >= 0) & (keys < end)[None, :]
+    if WINDOW:
+        seen = seen & (distance < W)
+    scores = tl.where(seen, product(q, k), float("-inf"))
+    p, decay, m, l = softmax_step(scores, m, l, scale2, True)
+    return accumulate(acc, p, v, decay), m, l
+
+
+@triton.jit(do_not_specialize=["S", "W", "T", "tiles", "splits", "span"])
+def attention_ring(
+    Q, Kc, Vc, Kn, Vn, Lens, Cu, Out, PartO, PartM, PartL, scale,
+    s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_xb, s_xn, s_xh, s_yb, s_yn, s_yh,
+    slots, H, G, S, W, T, tiles, splits, span,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One program: BM rows, a row being one query of one head of a group, and `span` keys of the ring.
+
+    The heads of a group are rows of one tile, so each key is loaded once for all of them. The last split of a tile
+    also takes the chunk."""
+    split = tl.program_id(0) % splits
+    rest = tl.program_id(0) // splits
+    first_row = (tiles - 1 - rest % tiles) * BM
+    kv_head = tl.cast((rest // tiles) % (H // G), tl.int64)
+    b = tl.cast(rest // tiles // (H // G), tl.int64)
+    if PACKED:
+        q0 = tl.cast(tl.load(Cu + b), tl.int64)
+        S = tl.load(Cu + b + 1) - tl.load(Cu + b)
+        Q += q0 * s_qm
+    else:
+        q0 = b * S
+        Q += b * s_qb
+    if first_row >= S * G:
+        return
+    n = tl.load(Lens + b)
+    rows = first_row + tl.arange(0, BM)
+    columns = tl.arange(0, DP)
+    live = rows < S * G
+    query = rows // G
+    heads = kv_head * G + rows % G
+    first = n - S
+    if CHUNK:
+        first = n
+    positions = first + query
+    earliest = first + first_row // G
+    latest = first + (tl.minimum(first_row + BM, S * G) - 1) // G
+    q_ptr = Q + tl.cast(query, tl.int64)[:, None] * s_qm + (heads * s_qh)[:, None] + columns[None, :]
+    q = load_rows(q_ptr, live, columns, D, DP, False)
+    scale2 = tl.cast(scale, tl.float32) * LOG2E
+    acc = tl.zeros([BM, DP], tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    cells = tl.arange(0, BN)
+
+    oldest = tl.maximum(n - slots, 0)
+    if WINDOW:
+        oldest = tl.maximum(oldest, earliest - W + 1)
+    lo = oldest + split * span
+    hi = tl.minimum(tl.minimum(lo + span, n), latest + 1)
+    slot0 = lo % slots
+    Kc += b * s_kb + kv_head * s_kh
+    Vc += b * s_vb + kv_head * s_vh
+    for start in tl.range(lo, hi, BN, num_stages=STAGES):
+        slot = slot0 + (start - lo) + cells
+        slot = tl.cast(tl.where(slot >= slots, slot - slots, slot), tl.int64)
+        keys = start + cells
+        k = load_rows(Kc + (slot * s_kn)[:, None] + columns[None, :], keys < hi, columns, D, DP, False)
+        v = load_rows(Vc + (slot * s_vn)[:, None] + columns[None, :], keys < hi, columns, D, DP, False)
+        acc, m, l = _step(acc, m, l, q, k, v, positions, keys, hi, scale2, W, WINDOW)
+    if CHUNK:
+        lo = 0
+        if WINDOW:
+            lo = tl.maximum(earliest - W + 1 - n, 0) // BN * BN
+        hi = tl.where(split == splits - 1, latest + 1 - n, 0)
+        if PACKED:
+            Kn += q0 * s_xn
+            Vn += q0 * s_yn
+        else:
+            Kn += b * s_xb
+            Vn += b * s_yb
+        Kn += kv_head * s_xh
+        Vn += kv_head * s_yh
+        for start in tl.range(lo, hi, BN, num_stages=STAGES):
+            k = load_keys(Kn, 0, start, hi, s_xn, D, DP, BN, False, False)
+            v = load_keys(Vn, 0, start, hi, s_yn, D, DP, BN, False, False)
+            acc, m, l = _step(acc, m, l, q, k, v, positions, n + start + cells, n + hi, scale2, W, WINDOW)
+
+    target = (q0 + query) * H + heads
+    if SPLIT:
+        target += split * (tl.cast(T, tl.int64) * H)
+        tl.store(PartM + target, m, mask=live)
+        tl.store(PartL + target, l, mask=live)
+        tl.store(PartO + target[:, None] * DP + columns[None, :], acc, mask=(live & (l > 0.0))[:, None])
+    else:
+        out = (acc / tl.where(l == 0.0, 1.0, l)[:, None]).to(Out.dtype.element_ty)
+        tl.store(Out + target[:, None] * D + columns[None, :], out, mask=live[:, None] & (columns < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def combine(
+    PartO, PartM, PartL, Out, rows, splits, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr
+):
+    """One program: one head of one query, merged over the splits in their order. SPLITS: a power of two above them."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    columns = tl.arange(0, DP)
+    every = tl.arange(0, SPLITS)
+    m = tl.load(PartM + tl.cast(every, tl.int64) * rows + row, mask=every < splits, other=float("-inf"))
+    l = tl.load(PartL + tl.cast(every, tl.int64) * rows + row, mask=every < splits, other=0.0)
+    top = tl.max(m, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(l * tl.math.exp2(m - top), 0)
+    out = tl.zeros([DP], tl.float32)
+    for first in range(0, splits, BS):
+        part = first + tl.arange(0, BS)
+        i = tl.cast(part, tl.int64) * rows + row
+        weight = tl.math.exp2(tl.load(PartM + i, mask=part < splits, other=float("-inf")) - top)
+        tile = tl.load(PartO + i[:, None] * DP + columns[None, :], mask=(weight > 0.0)[:, None], other=0.0)
+        out += tl.sum(tile * weight[:, None], 0)
+    out = (out / tl.where(total == 0.0, 1.0, total)).to(Out.dtype.element_ty)
+    tl.store(Out + row * D + columns, out, mask=columns < D)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one call is cut: the tile, row tiles a sequence and KV head, splits of the ring and the keys of one."""
+
+    config: Config
+    tiles: int
+    splits: int
+    span: int
+
+
+def production_config(dim: int, itemsize: int, rows: int) -> Config:
+    """rows: queries × heads of a group. Nothing here was timed on a GPU; spills and shared memory were read off the
+    machine code for sm_80, sm_90 and sm_100."""
+    if itemsize == 4:
+        return Config(16, 32, 4, 1)
+    keys = 32 if padded(dim) == 256 else 64
+    if rows <= 16:
+        return Config(16, keys, 4, 3 if keys == 64 else 2)
+    return Config(32 if rows <= 32 else 64, keys, 4, 2)
+
+
+def plan(config: Config, batch: int, kv_heads: int, rows: int, queries: int, slots: int, window: int) -> Plan:
+    """Splits by shape alone, never by how full the rings are: no wait for the device, and one order of adding."""
+    tiles = triton.cdiv(rows, config.rows)
+    visible = min(slots, window + min(queries, config.rows) - 1) if window else slots
+    wanted = min(MAX_SPLITS, max(1, PROGRAMS // (batch * kv_heads * tiles)))
+    span = triton.cdiv(triton.cdiv(visible, wanted), config.keys) * config.keys
+    return Plan(config, tiles, triton.cdiv(visible, span), span)
+
+
+def attention_cached(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    window: int,
+    scale: float,
+    k_new: torch.Tensor | None,
+    v_new: torch.Tensor | None,
+    cu: torch.Tensor | None,
+    max_q: int,
+    cut: Plan | None = None,
+) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.numel() == 0:
+        return out
+    heads, dim = q.shape[-2:]
+    batch, slots, kv_heads = k_cache.shape[:3]
+    rows, group = q.numel() // dim, heads // kv_heads
+    if cut is None:
+        config = production_config(dim, q.element_size(), max_q * group)
+        cut = plan(config, batch, kv_heads, max_q * group, max_q, slots, window)
+    q, scale = positive_scale(readable(q), scale)
+    new = (k_new, v_new) if k_new is not None and v_new is not None else ()
+    tensors = [readable(t) for t in (q, k_cache, v_cache, *new)]
+    if cut.splits > 1:
+        size = (cut.splits, rows, padded(dim))
+        parts = [torch.empty(s, dtype=torch.float32, device=q.device) for s in (size, size[:2], size[:2])]
+    else:
+        parts = [None] * 3
+    launch(
+        attention_ring, cut.splits * cut.tiles * batch * kv_heads, cut.config,
+        *tensors, *(() if new else (None, None)), seq_lens, cu, out, *parts, scale, *_strides(tensors, cu is not None),
+        slots, heads, group, max_q, window, rows // heads, cut.tiles, cut.splits, cut.span,
+        D=dim, DP=padded(dim), BM=cut.config.rows, BN=cut.config.keys, STAGES=cut.config.stages,
+        CHUNK=bool(new), WINDOW=window > 0, PACKED=cu is not None, SPLIT=cut.splits > 1,
+    )  # fmt: skip
+    if cut.splits > 1:
+        launch(
+            combine, rows, COMBINE, *parts, out, rows, cut.splits,
+            D=dim, DP=padded(dim), SPLITS=max(2, triton.next_power_of_2(cut.splits)), BS=COMBINE.rows,
+        )  # fmt: skip
+    return out
+
+
+COMBINE = Config(rows=16, keys=0, warps=4, stages=1)
+
+
+def _strides(tensors: list[torch.Tensor], packed: bool) -> list[int]:
+    """(sequence, token, head) of q, the caches and the chunk. Packed without cu: one token a sequence."""
+    strides = []
+    for t in tensors:
+        if t.dim() == 4:
+            strides += t.stride()[:3]
+        else:
+            strides += [0, *t.stride()[:2]] if packed else [t.stride(0), 0, t.stride(1)]
+    return strides + [0] * (15 - len(strides))
