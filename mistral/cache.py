@@ -1,0 +1,186 @@
+"""The ring cache of a whole model, and one pass of new tokens through it.
+
+Each layer keeps `k, v: [B, slots, Hkv, D]`; position p of sequence b lies in slot `p % slots`. With a window W there
+are W slots, so the memory stays the same however long a sequence grows; without one, a slot for each position.
+
+A pass brings every sequence a chunk of any length, 0 for those that idle. Three sequences with a window of 3, chunks
+of 5, 7 and 2 tokens, behind 0, 1 and 3 tokens that the cache already holds:
+
+    cu_seqlens  0 5 12 14
+    positions   [0 1 2 3 4 | 1 2 3 4 5 6 7 | 3 4]      where each token stands
+    kept        [0 0 1 1 1 | 0 0 0 0 1 1 1 | 1 1]      the last three of each chunk
+    slot        [    2 0 1 |         2 0 1 | 0 1]      position % 3
+    seq_lens    [0 1 3] before, [5 8 5] after
+
+The third slot of the last sequence still holds its position 2.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+
+from .config import ModelConfig
+
+
+class RingCache:
+    """Keys and values of `batch` sequences.
+
+    Args:
+        config: gives the layers, the heads and the window.
+        batch: B.
+        max_seq_len: the most tokens that a sequence will have. A ring (`window < max_seq_len`) takes more.
+        dtype, device: of the keys and values.
+        chunk: chunks up to this length are written before they are attended to, in one pass; a ring then has
+            `window + chunk − 1` slots. 1 serves plain decoding.
+
+    Attributes:
+        k, v: one `[B, slots, Hkv, D]` tensor a layer.
+        seq_lens: `[B]` int32, the tokens of each sequence so far; `lengths` holds the same on the host, so that
+            nothing has to wait for the device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_seq_len: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        chunk: int = 1,
+    ):
+        for name, value in (("batch", batch), ("max_seq_len", max_seq_len), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        window = config.sliding_window
+        # Sequences that never outgrow the window need neither a ring nor the window.
+        self.window = window if window is not None and window < max_seq_len else None
+        self.slots = max_seq_len if self.window is None else self.window + chunk - 1
+        self.batch, self.chunk = batch, chunk
+        shape = (batch, self.slots, config.n_kv_heads, config.head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.lengths = [0] * batch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values; constant."""
+        return sum(t.nbytes for t in (*self.k, *self.v))
+
+    def begin(
+        self, chunks: Sequence[int] | None, cos: torch.Tensor, sin: torch.Tensor, ops: SimpleNamespace
+    ) -> "CachedPass":
+        """The pass of `chunks[b]` new tokens for each sequence b, None for one each; all layers share it.
+
+        Raises:
+            ValueError: chunks that do not fit the batch; a sequence that outgrows a cache without a ring, or the
+                rope tables.
+        """
+        chunks = [1] * self.batch if chunks is None else list(chunks)
+        self._check(chunks, cos.shape[0])
+        if set(chunks) == {1}:
+            positions, cu_seqlens, last, after = self.seq_lens, None, None, self.seq_lens + 1
+        else:
+            positions, cu_seqlens, last, after = self._ragged(chunks)
+        longest = max(chunks)
+        write_first = longest <= self.chunk
+        return CachedPass(
+            cache=self,
+            ops=ops,
+            cos=cos,
+            sin=sin,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            seq_lens=after if write_first else self.seq_lens,
+            longest=longest,
+            write_first=write_first,
+            last=last,
+            tokens=sum(chunks),
+            after=(after, [old + new for old, new in zip(self.lengths, chunks, strict=True)]),
+        )
+
+    def _check(self, chunks: list[int], table_rows: int) -> None:
+        if len(chunks) != self.batch or min(chunks) < 0 or max(chunks) < 1:
+            raise ValueError(
+                f"the chunk lengths are {chunks}; they must be {self.batch}, one a sequence, 0 for those that idle,"
+                " and not all 0"
+            )
+        for b, (held, new) in enumerate(zip(self.lengths, chunks, strict=True)):
+            if self.window is None and held + new > self.slots:
+                raise ValueError(
+                    f"sequence {b} would have {held + new} tokens, but the cache was made for {self.slots} and has no"
+                    " window to slide; make it with a larger max_seq_len"
+                )
+            if held + new > table_rows:
+                raise ValueError(
+                    f"sequence {b} would have {held + new} tokens, but the rope tables hold {table_rows} positions;"
+                    " Transformer.reserve_positions makes more"
+                )
+
+    def _ragged(self, chunks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """positions `[T]`, cu_seqlens `[B + 1]`, the row of each live sequence's last token, and the new seq_lens."""
+        device, ends = self.seq_lens.device, [0]
+        for n in chunks:
+            ends.append(ends[-1] + n)
+        spans = [torch.arange(a, a + n, dtype=torch.int32) for a, n in zip(self.lengths, chunks, strict=True) if n]
+        last = torch.tensor([end - 1 for end, n in zip(ends[1:], chunks, strict=True) if n], device=device)
+        added = torch.tensor(chunks, dtype=torch.int32, device=device)
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+        return torch.cat(spans).to(device), cu_seqlens, last, self.seq_lens + added
+
+    def advance(self, done: "CachedPass") -> None:
+        """Counts the tokens of a pass that all layers have finished."""
+        self.seq_lens, self.lengths = done.after
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empties these sequences, all if None. What their slots hold is never read again."""
+        rows = range(self.batch) if rows is None else rows
+        empty = set(rows)
+        self.lengths = [0 if b in empty else n for b, n in enumerate(self.lengths)]
+        self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32, device=self.seq_lens.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedPass:
+    """What all layers share while one chunk of each sequence runs through them; made by `RingCache.begin`."""
+
+    cache: RingCache
+    ops: SimpleNamespace
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    seq_lens: torch.Tensor
+    longest: int
+    write_first: bool
+    last: torch.Tensor | None
+    tokens: int
+    after: tuple[torch.Tensor, list[int]]
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Rotates q and k, attends and writes k and v to the layer's ring, in the order that the chunk needs.
+
+        Args:
+            layer: whose ring.
+            q: `[T, H, D]`, the packed tokens of the pass; k, v: `[T, Hkv, D]`.
+
+        Returns:
+            `[T, H, D]`.
+        """
+        ops, k_cache, v_cache = self.ops, self.cache.k[layer], self.cache.v[layer]
+        where = dict(cu_seqlens=self.cu_seqlens, max_seqlen=self.longest)
+        if self.write_first:
+            # The slots that these tokens overwrite hold keys that have just left the window.
+            q, _ = ops.rope_write_kv(q, k, v, k_cache, v_cache, self.positions, self.cos, self.sin, self.cu_seqlens)
+            return ops.attention_cached(q, k_cache, v_cache, self.seq_lens, self.cache.window, **where)
+        # Written first, a longer chunk would overwrite keys that its own first queries still see.
+        q, k = ops.rope(q, k, self.cos, self.sin, self.positions)
+        out = ops.attention_cached(q, k_cache, v_cache, self.seq_lens, self.cache.window, k, v, **where)
+        ops.write_kv(k, v, k_cache, v_cache, self.positions, self.cu_seqlens)
+        return out
+
+    def last_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Of `[T, N]`, the last position of each sequence that has tokens in this pass."""
+        return x if self.last is None else x[self.last]

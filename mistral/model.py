@@ -1,0 +1,271 @@
+"""The transformer of Mistral 7B (Jiang et al. 2023) on the ops of `mistral_kernels`, under its checkpoint's names.
+
+`ops` is the only seam: `mistral_kernels`, `mistral_kernels.reference` or `mistral_kernels.using(impl=...)`, taken once
+when the model is built. The layers hand on (delta, residual) instead of their sum, so that each addition is made in
+the same pass as the RMSNorm that follows it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+import mistral_kernels
+
+from .cache import CachedPass, RingCache
+from .config import ModelConfig
+
+_OPS = (
+    *("rms_norm", "add_rms_norm", "swiglu", "rope", "rope_table", "attention"),
+    *("rope_write_kv", "write_kv", "attention_cached"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FullPass:
+    """What all layers share while whole sequences run through them without a cache."""
+
+    ops: SimpleNamespace
+    cos: torch.Tensor
+    sin: torch.Tensor
+    window: int | None
+    positions: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Rotates q and k and attends: `[B, S, H, D]`, or `[T, H, D]` with cu_seqlens."""
+        q, k = self.ops.rope(q, k, self.cos, self.sin, self.positions)
+        return self.ops.attention(q, k, v, self.window, cu_seqlens_q=self.cu_seqlens)
+
+    def last_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The last position of each sequence that has one: `[B, N]`."""
+        if self.cu_seqlens is None:
+            return x[:, -1]
+        return x[(self.cu_seqlens[1:] - 1)[self.cu_seqlens.diff() > 0]]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: ModelConfig, ops: SimpleNamespace):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.dim))
+        self.eps, self.ops = config.norm_eps, ops
+
+    def forward(self, delta: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normed sum of both, and the sum; without a residual delta is the sum."""
+        if residual is None:
+            return self.ops.rms_norm(delta, self.weight, self.eps), delta
+        return self.ops.add_rms_norm(delta, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, ops: SimpleNamespace):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q, kv, bias = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.attention_bias
+        self.wq = nn.Linear(config.dim, q, bias=bias)
+        self.wk = nn.Linear(config.dim, kv, bias=bias)
+        self.wv = nn.Linear(config.dim, kv, bias=bias)
+        self.wo = nn.Linear(q, config.dim, bias=False)
+
+    def forward(self, x: torch.Tensor, plan: FullPass | CachedPass) -> torch.Tensor:
+        q, k, v = (w(x).view(*x.shape[:-1], -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        return self.wo(plan.attend(self.layer, q, k, v).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig, ops: SimpleNamespace):
+        super().__init__()
+        self.ops = ops
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.ops.swiglu(self.w1(x), self.w3(x)))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, ops: SimpleNamespace):
+        super().__init__()
+        self.attention_norm = RMSNorm(config, ops)
+        self.attention = Attention(config, layer, ops)
+        self.ffn_norm = RMSNorm(config, ops)
+        self.feed_forward = FeedForward(config, ops)
+
+    def forward(
+        self, delta: torch.Tensor, residual: torch.Tensor | None, plan: FullPass | CachedPass
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes and returns (delta, residual), whose sum is the residual stream before and after the layer."""
+        x, residual = self.attention_norm(delta, residual)
+        x, residual = self.ffn_norm(self.attention(x, plan), residual)
+        return self.feed_forward(x), residual
+
+
+class RopeTables(nn.Module):
+    """cos and sin, float32 `[P, D/2]`. They are no part of a checkpoint, and `.to(bfloat16)` does not round them:
+    in 16 bits positions past a few hundred could not be told apart."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, config: ModelConfig, ops: SimpleNamespace):
+        super().__init__()
+        self.config, self.make = config, ops.rope_table
+        self.reserve(config.max_positions, torch.device("cpu"))
+
+    def reserve(self, positions: int, device: torch.device) -> None:
+        """Makes tables of this many positions on `device`, real even where the weights are on "meta"."""
+        c = self.config
+        with torch.inference_mode(False), torch.device("cpu"):
+            cos, sin = self.make(c.head_dim, c.rope_theta, positions, c.rope_scaling)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RopeTables":
+        cos, sin = self.cos, self.sin
+        super()._apply(fn, recurse)
+        device = cos.device if self.cos.is_meta else self.cos.device
+        self.cos, self.sin = cos.to(device), sin.to(device)
+        return self
+
+
+class Transformer(nn.Module):
+    """A Mistral-shaped decoder; its state dict has the names of Mistral's checkpoints.
+
+    The weights of q and k are in half-split rotary order (Hugging Face's); `weights.py` permutes Mistral's own when
+    they are read.
+
+    Args:
+        config: the shape, the window and the rotary settings.
+        ops: `mistral_kernels`, `mistral_kernels.reference` or `mistral_kernels.using(impl=...)`.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Any = mistral_kernels):
+        super().__init__()
+        self.config = config
+        # The functions and not the module they come from: a model can be copied and pickled.
+        self.ops = SimpleNamespace(**{name: getattr(ops, name) for name in _OPS})
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config, i, self.ops) for i in range(config.n_layers))
+        self.norm = RMSNorm(config, self.ops)
+        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.rope = RopeTables(config, self.ops)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations, and so of a cache."""
+        return self.norm.weight.dtype
+
+    def reserve_positions(self, positions: int) -> None:
+        """Makes sure that sequences of this length can be rotated.
+
+        Raises:
+            ValueError: longer than the context, without a window to keep every query within it.
+        """
+        if positions > self.config.max_positions and self.config.sliding_window is None:
+            raise ValueError(
+                f"{positions} positions are needed, but the model has a context of {self.config.max_positions} and no"
+                " sliding window"
+            )
+        if positions > self.rope.cos.shape[0]:
+            self.rope.reserve(positions, self.rope.cos.device)
+
+    def cache(self, batch: int, max_seq_len: int, chunk: int = 1) -> RingCache:
+        """An empty cache for this model."""
+        return RingCache(self.config, batch, max_seq_len, self.dtype, self.device, chunk)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        cache: RingCache | None = None,
+        chunks: Sequence[int] | None = None,
+        last: bool = False,
+        float32: bool = False,
+    ) -> torch.Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: int64 or int32. Without a cache `[B, S]`, or packed `[T]` with cu_seqlens: whole sequences, each
+                from position 0; gradients flow. With a cache packed `[T]`: the next tokens of each sequence.
+            cu_seqlens: `[sequences + 1]` int32, where each packed sequence starts, and T.
+            cache: what the sequences have had so far; the new tokens are added to it. No gradients: call it under
+                `torch.inference_mode()` or `torch.no_grad()`.
+            chunks: how many of the tokens belong to each sequence of the cache, 0 for one that idles; None for one
+                each.
+            last: only at the last position of each sequence, so that `[T, V]` is never formed: `[B, V]`, without
+                rows for empty chunks and sequences.
+            float32: logits in float32, instead of the weights' dtype.
+
+        Returns:
+            `[..., V]`, as tokens has dimensions.
+
+        Raises:
+            ValueError: tokens, cu_seqlens or chunks that do not fit; more positions than tables or cache hold.
+            NotImplementedError: a derivative with a cache.
+        """
+        return self.logits(self.hidden(tokens, cu_seqlens, cache, chunks, last), float32)
+
+    def logits(self, hidden: torch.Tensor, float32: bool = False) -> torch.Tensor:
+        """The output projection of what `hidden` returns."""
+        if self.output is None:
+            logits = nn.functional.linear(hidden, self.tok_embeddings.weight)
+        else:
+            logits = self.output(hidden)
+        return logits.float() if float32 else logits
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        cache: RingCache | None = None,
+        chunks: Sequence[int] | None = None,
+        last: bool = False,
+    ) -> torch.Tensor:
+        """`[..., N]`, what the output projection multiplies; arguments as in `forward`."""
+        if cache is not None:
+            plan: FullPass | CachedPass = self._cached(tokens, cu_seqlens, cache, chunks)
+        else:
+            plan = self._full(tokens, cu_seqlens, chunks)
+        delta, residual = self.layers[0](self.tok_embeddings(tokens), None, plan)
+        for layer in self.layers[1:]:
+            delta, residual = layer(delta, residual, plan)
+        if isinstance(plan, CachedPass):
+            plan.cache.advance(plan)
+        if last:
+            delta, residual = plan.last_rows(delta), plan.last_rows(residual)
+        return self.norm(delta, residual)[0]
+
+    def _full(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, chunks: Sequence[int] | None) -> FullPass:
+        if chunks is not None:
+            raise ValueError("chunks are lengths within a cache; packed sequences without one take cu_seqlens")
+        if tokens.dim() != (2 if cu_seqlens is None else 1):
+            needed = "[B, S]" if cu_seqlens is None else "[T] with cu_seqlens"
+            raise ValueError(f"tokens is {list(tokens.shape)}; without a cache it must be {needed}")
+        positions = None
+        if cu_seqlens is not None:
+            starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=tokens.shape[0])
+            positions = torch.arange(tokens.shape[0], device=tokens.device, dtype=starts.dtype) - starts
+        return FullPass(self.ops, self.rope.cos, self.rope.sin, self.config.sliding_window, positions, cu_seqlens)
+
+    def _cached(
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        cache: RingCache,
+        chunks: Sequence[int] | None,
+    ) -> CachedPass:
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens is for packed sequences without a cache; with one, pass chunks")
+        plan = cache.begin(chunks, self.rope.cos, self.rope.sin, self.ops)
+        if tokens.shape != (plan.tokens,):
+            raise ValueError(f"tokens is {list(tokens.shape)}; for these chunks it must be [{plan.tokens}], packed")
+        return plan
