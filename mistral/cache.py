@@ -16,7 +16,7 @@ The third slot of the last sequence still holds its position 2.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -159,17 +159,23 @@ class CachedPass:
     tokens: int
     after: tuple[torch.Tensor, list[int]]
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Rotates q and k, attends and writes k and v to the layer's ring, in the order that the chunk needs.
+    def layers(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """What each layer hands to `attend`: its rings. A compiled layer sees tensors and not its own number."""
+        return zip(self.cache.k, self.cache.v, strict=True)
+
+    def attend(
+        self, rings: tuple[torch.Tensor, torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotates q and k, attends and writes k and v to the layer's rings, in the order that the chunk needs.
 
         Args:
-            layer: whose ring.
+            rings: the layer's entry in `layers()`.
             q: `[T, H, D]`, the packed tokens of the pass; k, v: `[T, Hkv, D]`.
 
         Returns:
             `[T, H, D]`.
         """
-        ops, k_cache, v_cache = self.ops, self.cache.k[layer], self.cache.v[layer]
+        ops, (k_cache, v_cache) = self.ops, rings
         where = dict(cu_seqlens=self.cu_seqlens, max_seqlen=self.longest)
         if self.write_first:
             # The slots that these tokens overwrite hold keys that have just left the window.

@@ -6,7 +6,8 @@ the same pass as the RMSNorm that follows it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,11 @@ class FullPass:
     positions: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def layers(self) -> Iterable[None]:
+        """What each layer hands to `attend`: nothing, without a cache."""
+        return itertools.repeat(None)
+
+    def attend(self, rings: None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Rotates q and k and attends: `[B, S, H, D]`, or `[T, H, D]` with cu_seqlens."""
         q, k = self.ops.rope(q, k, self.cos, self.sin, self.positions)
         return self.ops.attention(q, k, v, self.window, cu_seqlens_q=self.cu_seqlens)
@@ -61,18 +66,18 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, ops: SimpleNamespace):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         q, kv, bias = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.attention_bias
         self.wq = nn.Linear(config.dim, q, bias=bias)
         self.wk = nn.Linear(config.dim, kv, bias=bias)
         self.wv = nn.Linear(config.dim, kv, bias=bias)
         self.wo = nn.Linear(q, config.dim, bias=False)
 
-    def forward(self, x: torch.Tensor, plan: FullPass | CachedPass) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, plan: Any, rings: Any) -> torch.Tensor:
         q, k, v = (w(x).view(*x.shape[:-1], -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
-        return self.wo(plan.attend(self.layer, q, k, v).flatten(-2))
+        return self.wo(plan.attend(rings, q, k, v).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -88,19 +93,22 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, ops: SimpleNamespace):
+    def __init__(self, config: ModelConfig, ops: SimpleNamespace):
         super().__init__()
         self.attention_norm = RMSNorm(config, ops)
-        self.attention = Attention(config, layer, ops)
+        self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config, ops)
         self.feed_forward = FeedForward(config, ops)
 
     def forward(
-        self, delta: torch.Tensor, residual: torch.Tensor | None, plan: FullPass | CachedPass
+        self, delta: torch.Tensor, residual: torch.Tensor | None, plan: Any, rings: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes and returns (delta, residual), whose sum is the residual stream before and after the layer."""
+        """Takes and returns (delta, residual), whose sum is the residual stream before and after the layer.
+
+        plan is the FullPass or CachedPass of all layers, and rings this layer's entry in its `layers()`.
+        """
         x, residual = self.attention_norm(delta, residual)
-        x, residual = self.ffn_norm(self.attention(x, plan), residual)
+        x, residual = self.ffn_norm(self.attention(x, plan, rings), residual)
         return self.feed_forward(x), residual
 
 
@@ -149,7 +157,7 @@ class Transformer(nn.Module):
         # The functions and not the module they come from: a model can be copied and pickled.
         self.ops = SimpleNamespace(**{name: getattr(ops, name) for name in _OPS})
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(TransformerBlock(config, i, self.ops) for i in range(config.n_layers))
+        self.layers = nn.ModuleList(TransformerBlock(config, self.ops) for _ in range(config.n_layers))
         self.norm = RMSNorm(config, self.ops)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.rope = RopeTables(config, self.ops)
@@ -235,9 +243,10 @@ class Transformer(nn.Module):
             plan: FullPass | CachedPass = self._cached(tokens, cu_seqlens, cache, chunks)
         else:
             plan = self._full(tokens, cu_seqlens, chunks)
-        delta, residual = self.layers[0](self.tok_embeddings(tokens), None, plan)
-        for layer in self.layers[1:]:
-            delta, residual = layer(delta, residual, plan)
+        delta: torch.Tensor = self.tok_embeddings(tokens)
+        residual: Any = None
+        for layer, rings in zip(self.layers, plan.layers(), strict=False):
+            delta, residual = layer(delta, residual, plan, rings)
         if isinstance(plan, CachedPass):
             plan.cache.advance(plan)
         if last:
