@@ -8,6 +8,7 @@ import mistral_kernels
 from mistral.cache import RingCache
 from mistral_kernels import reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = pytest.mark.parametrize("ops", [mistral_kernels, reference], ids=["fused", "reference"])
 
 

@@ -12,6 +12,7 @@ from mistral.generate import TextStream, generate, stream_text
 from mistral.sampling import Sampler, invert, nucleus, token_logprobs
 from mistral_kernels import reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = pytest.mark.parametrize("ops", [mistral_kernels, reference], ids=["fused", "reference"])
 PROMPTS = [tiny.tokens(n, seed=n).tolist() for n in (3, 14, 1, 8)]
 

@@ -11,6 +11,7 @@ from mistral.model import FullPass, Transformer
 from mistral_kernels import reference
 
 OPS = pytest.mark.parametrize("ops", [mistral_kernels, reference], ids=["fused", "reference"])
+pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOWS = pytest.mark.parametrize("window", [3, 8, None])
 
 
