@@ -1,0 +1,221 @@
+// Attention of many queries by FlashAttention-2 (Dao 2023, algorithm 1): keys and values packed once, then tiles of
+// queries over blocks of keys. The query heads of a group share the packed block while it lies in the L2 cache.
+#include "cpu/attention.h"
+
+#include "cpu/attention_pack.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+template <class M>
+constexpr int64_t block_keys = 512 / (sizeof(typename M::Word) / M::step / 2);
+
+template <class M>
+MK_INLINE int64_t key_panel_words(int64_t dim) {
+  return key_words<M>(dim) * panel_keys<M>;
+}
+
+template <class M>
+MK_INLINE int64_t value_panel_words(int64_t dim) {
+  return value_columns<M>(dim) * panel_keys<M> / M::step;
+}
+
+template <class T>
+void pack(const Attention& a, int64_t sequence, int64_t kv_head, int64_t panel) {
+  using M = typename ArithmeticOf<T>::type;
+  const AttentionSequence& s = a.sequences[sequence];
+  const int64_t first = s.first_key + panel * panel_keys<M>, keys = least(panel_keys<M>, s.keys - first);
+  const T *k[panel_keys<M>], *v[panel_keys<M>];
+  for (int64_t i = 0; i < keys; i++) {
+    const Row row = find_key<T>(s, kv_head, first + i);
+    k[i] = (const T*)row.k;
+    v[i] = (const T*)row.v;
+  }
+  using Word = typename M::Word;
+  const int64_t index = kv_head * a.panels + s.first_panel + panel;
+  pack_keys<M>(k, keys, a.dim, (Word*)a.key_panels + index * key_panel_words<M>(a.dim));
+  pack_values<M>(v, keys, a.dim, (Word*)a.value_panels + index * value_panel_words<M>(a.dim));
+}
+
+// What a thread keeps for one tile.
+template <class M>
+struct Tile {
+  using Scalar = typename M::Scalar;
+  using Word = typename M::Word;
+  const Attention& a;
+  const AttentionSequence& s;
+  const Word *k, *v;         // the panels of this sequence and KV head
+  Scalar *scores, *acc;      // [strip_rows][block_keys], [rows][value columns]
+  RowState<Scalar>* states;  // [rows]
+  Word *probabilities, *q;   // [strip_rows][block_keys / step], [rows][key words]
+  int64_t q_words, columns;
+  Scalar scale;
+
+  static int64_t bytes(int64_t dim, int64_t rows) {
+    const int64_t strip = strip_rows * block_keys<M>;
+    return (strip + rows * value_columns<M>(dim)) * sizeof(Scalar) + rows * sizeof(RowState<Scalar>) +
+           (strip + rows * key_words<M>(dim)) * sizeof(Word);
+  }
+
+  Tile(const Attention& a, const AttentionItem& item, char* scratch) : a(a), s(a.sequences[item.sequence]) {
+    const int64_t rows = item.heads * (item.last - item.first), strip = strip_rows * block_keys<M>;
+    q_words = key_words<M>(a.dim);
+    columns = value_columns<M>(a.dim);
+    scores = (Scalar*)scratch;
+    acc = scores + strip;
+    probabilities = (Word*)(acc + rows * columns);
+    q = probabilities + strip;
+    states = (RowState<Scalar>*)(q + rows * q_words);
+    const int64_t panel = item.head / (a.heads / a.kv_heads) * a.panels + s.first_panel;
+    k = (const Word*)a.key_panels + panel * key_panel_words<M>(a.dim);
+    v = (const Word*)a.value_panels + panel * value_panel_words<M>(a.dim);
+    scale = (Scalar)(scaling(a.scale).magnitude * log2_e);
+  }
+};
+
+// Scores of MR rows with NV vectors of keys, from key `key` of the packed ones on. Long dot products are summed in
+// parts: one float32 sum over 256 dimensions errs 1.4 times as much as a BLAS, which does the same.
+template <class M, int MR, int NV>
+MK_INLINE void strip_scores(const Tile<M>& t, int64_t row, int64_t key, typename M::Scalar* scores) {
+  constexpr int64_t n = panel_keys<M>, part = 64;
+  const typename M::Word *panel = t.k + key / n * n * t.q_words + key % n, *q = t.q + row * t.q_words;
+  for (int64_t first = 0; first < t.q_words; first += part, panel += part * n, q += part) {
+    typename M::Vec c[MR][NV] = {};
+    multiply<M>(q, t.q_words, least(part, t.q_words - first), c,
+                [&](int64_t k, int v) { return load_words<typename M::Words>(panel + k * n + v * M::width); });
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        typename M::Scalar* to = scores + r * block_keys<M> + v * M::width;
+        store_words(to, first ? load_words<typename M::Vec>(to) + c[r][v] : c[r][v]);
+      }
+  }
+}
+
+// acc = factor * acc + P V for NV vectors of columns, from column `d` on, and `keys` keys from `key` on.
+template <class M, int MR, int NV>
+MK_INLINE void strip_values(const Tile<M>& t, int64_t row, int64_t key, int64_t keys, int64_t d,
+                            const typename M::Scalar* factor) {
+  typename M::Scalar* acc = t.acc + row * t.columns + d;
+  const typename M::Word* v = t.v + key / M::step * t.columns + d;
+  typename M::Vec c[MR][NV];
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; n++) c[r][n] = load_words<typename M::Vec>(acc + r * t.columns + n * M::width) * factor[r];
+  multiply<M>(t.probabilities, block_keys<M> / M::step, keys / M::step, c,
+              [&](int64_t k, int n) { return load_words<typename M::Words>(v + k * t.columns + n * M::width); });
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; n++) store_words(acc + r * t.columns + n * M::width, c[r][n]);
+}
+
+// MR rows, which are the queries from `query` on, over the keys [first, last) as far as any of them sees those.
+template <class M, int MR>
+void strip(const Tile<M>& t, int64_t row, int64_t query, int64_t first, int64_t last) {
+  constexpr int64_t n = strip_vectors * M::width, half = 2 * M::width;
+  const int64_t base = t.s.first_key;
+  first = most(first, round_down(most(first_visible(t.a, t.s, query) - base, 0), half));
+  last = least(last, round_up(end_visible(t.a, t.s, query + MR - 1) - base, half));
+  if (first >= last) return;
+  for (int64_t key = first; key < last;) {
+    if (strip_vectors == 4 && (key % n || last - key < n)) {
+      strip_scores<M, MR, 2>(t, row, key, t.scores + key - first);
+      key += half;
+    } else {
+      strip_scores<M, MR, strip_vectors>(t, row, key, t.scores + key - first);
+      key += n;
+    }
+  }
+  typename M::Scalar factor[MR];
+  for (int r = 0; r < MR; r++) {
+    typename M::Scalar* scores = t.scores + r * block_keys<M>;
+    mask_row<M>(scores, last - first, first_visible(t.a, t.s, query + r) - base - first,
+                end_visible(t.a, t.s, query + r) - base - first);
+    factor[r] = softmax_row<M>(scores, t.probabilities + r * (block_keys<M> / M::step), last - first, t.scale,
+                               t.states[row + r]);
+  }
+  int64_t d = 0;
+  for (; d + n <= t.columns; d += n) strip_values<M, MR, strip_vectors>(t, row, first, last - first, d, factor);
+  if (strip_vectors == 4 && d + half <= t.columns) {
+    strip_values<M, MR, 2>(t, row, first, last - first, d, factor);
+    d += half;
+  }
+  if (d < t.columns) strip_values<M, MR, 1>(t, row, first, last - first, d, factor);
+}
+
+template <class M>
+void any_strip(const Tile<M>& t, int64_t rows, int64_t row, int64_t query, int64_t first, int64_t last) {
+  switch (rows) {
+    case 1:
+      return strip<M, 1>(t, row, query, first, last);
+    case 2:
+      return strip<M, 2>(t, row, query, first, last);
+    case 3:
+      return strip<M, 3>(t, row, query, first, last);
+    case 4:
+      return strip<M, 4>(t, row, query, first, last);
+    case 5:
+      return strip<M, 5>(t, row, query, first, last);
+    default:
+      return strip<M, 6>(t, row, query, first, last);
+  }
+}
+
+template <class M, class T>
+void start_tile(Tile<M>& t, const AttentionItem& item, int64_t rows) {
+  for (int64_t head = 0; head < item.heads; head++)
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t row = head * rows + i;
+      const T* q = (const T*)t.s.q + (item.first + i) * t.a.q_row + (item.head + head) * t.a.q_head;
+      pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + row * t.q_words);
+      t.states[row] = {-INFINITY, 0};
+      for (int64_t d = 0; d < t.columns; d += M::width) store_words(t.acc + row * t.columns + d, typename M::Vec{});
+    }
+}
+
+template <class M, class T>
+void finish_tile(const Tile<M>& t, const AttentionItem& item, int64_t rows) {
+  using Scalar = typename M::Scalar;
+  for (int64_t head = 0; head < item.heads; head++)
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t row = head * rows + i, query = item.first + i;
+      T* out = (T*)t.s.out + query * t.a.out_row + (item.head + head) * t.a.out_head;
+      Scalar* lse = t.s.lse ? (Scalar*)t.s.lse + (item.head + head) * t.a.lse_head + query : nullptr;
+      finish_row<M>(t.a, t.acc + row * t.columns, t.states[row], out, lse);
+    }
+}
+
+template <class T>
+void tile(const Attention& a, const AttentionItem& item, char* scratch) {
+  using M = typename ArithmeticOf<T>::type;
+  Tile<M> t(a, item, scratch);
+  const int64_t rows = item.last - item.first;
+  start_tile<M, T>(t, item, rows);
+  const int64_t first = round_down(most(first_visible(a, t.s, item.first) - t.s.first_key, 0), panel_keys<M>);
+  const int64_t last = end_visible(a, t.s, item.last - 1) - t.s.first_key;
+  for (int64_t key = first; key < last; key += block_keys<M>)
+    for (int64_t head = 0; head < item.heads; head++)
+      for (int64_t i = 0; i < rows; i += strip_rows)
+        any_strip(t, least(strip_rows, rows - i), head * rows + i, item.first + i, key, key + block_keys<M>);
+  finish_tile<M, T>(t, item, rows);
+}
+
+template <class T>
+TileSizes sizes(int64_t dim, int64_t rows) {
+  using M = typename ArithmeticOf<T>::type;
+  const int64_t word = sizeof(typename M::Word);
+  return {panel_keys<M>, key_panel_words<M>(dim) * word, value_panel_words<M>(dim) * word, Tile<M>::bytes(dim, rows)};
+}
+
+}  // namespace
+
+const AttentionKernels attention = {
+    {sizes<float>, sizes<bf16>, sizes<f16>, sizes<double>},
+    {pack<float>, pack<bf16>, pack<f16>, pack<double>},
+    {tile<float>, tile<bf16>, tile<f16>, tile<double>},
+};
+
+}  // namespace mk::MK_ISA

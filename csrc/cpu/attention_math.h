@@ -1,0 +1,250 @@
+// What the attention kernels share: the three kinds of arithmetic, the product of a few rows with packed columns held
+// in registers, and the online softmax of a row of scores.
+//
+// A "word" is what one step of a product consumes: a float, a double, or a pair of bf16 that vdpbf16ps multiplies at
+// once.
+#pragma once
+#include "cpu/attention.h"
+#include "cpu/vec.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+struct Float32 {
+  using Scalar = float;
+  using Vec = vf;
+  using Word = float;
+  using Words = vf;
+  static constexpr int width = lanes, step = 1, degree = 6;
+  MK_INLINE Words splat(Word w) { return set1(w); }
+  MK_INLINE void multiply_add(Vec& c, Words a, Words b) { c += a * b; }
+};
+
+struct Float64 {
+  using Scalar = double;
+  using Vec = vd;
+  using Word = double;
+  using Words = vd;
+  static constexpr int width = lanes / 2, step = 1, degree = 0;
+  MK_INLINE Words splat(Word w) { return set1(w); }
+  MK_INLINE void multiply_add(Vec& c, Words a, Words b) { c += a * b; }
+};
+
+// float16 is multiplied in float32, where an error of 1e-7 in exp2 cannot be seen.
+struct Half32 : Float32 {
+  static constexpr int degree = 5;
+};
+
+#if MK_BF16
+struct PairsBf16 {
+  using Scalar = float;
+  using Vec = vf;
+  using Word = uint32_t;
+  using Words = vu;
+  static constexpr int width = lanes, step = 2, degree = 5;
+  MK_INLINE Words splat(Word w) { return set1(w); }
+  MK_INLINE void multiply_add(Vec& c, Words a, Words b) {
+    c = (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#else
+using PairsBf16 = Half32;
+#endif
+
+template <class T>
+struct ArithmeticOf;
+template <>
+struct ArithmeticOf<float> {
+  using type = Float32;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = Float64;
+};
+template <>
+struct ArithmeticOf<f16> {
+  using type = Half32;
+};
+template <>
+struct ArithmeticOf<bf16> {
+  using type = PairsBf16;
+};
+
+// Registers: rows * vectors accumulators, one row of columns, one broadcast. 32 of them hold 6 x 4, 16 hold 6 x 2.
+constexpr int strip_rows = 6;
+#if defined(__x86_64__) && !defined(__AVX512F__)
+constexpr int strip_vectors = 2;
+#else
+constexpr int strip_vectors = 4;
+#endif
+
+MK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+MK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+MK_INLINE int64_t round_down(int64_t a, int64_t to) { return a / to * to; }
+MK_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+template <class V, class T>
+MK_INLINE V load_words(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+MK_INLINE void store_words(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class V>
+MK_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class M>
+MK_INLINE typename M::Scalar largest(typename M::Vec v) {
+  for (int half = M::width / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+  return v[0];
+}
+
+// c[r][n] += sum over k of a[r, k] * column(k, n).
+template <class M, int MR, int NV, class Column>
+MK_INLINE void multiply(const typename M::Word* a, int64_t a_row, int64_t steps, typename M::Vec (&c)[MR][NV],
+                        Column column) {
+  for (int64_t k = 0; k < steps; k++) {
+    typename M::Words b[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; n++) b[n] = column(k, n);
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; r++) {
+      const typename M::Words x = M::splat(a[r * a_row + k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; n++) M::multiply_add(c[r][n], x, b[n]);
+    }
+  }
+}
+
+// 1 + c[0] f + c[1] f^2 + ...
+template <int n>
+MK_INLINE vf polynomial(vf f, const float (&c)[n]) {
+  vf p = c[n - 1] * f + c[n - 2];
+#pragma GCC unroll 6
+  for (int i = n - 3; i >= 0; i--) p = p * f + c[i];
+  return p * f + 1.f;
+}
+
+// 2^x for x <= 0: exactly 1 at 0, exactly 0 below -125 or deeper; relative error 1e-7 at degree 5, 2e-8 at 6. nan
+// stays. The fraction is in [0, 1) where the processor scales by a power of two, floor and all, else in [-1/2, 1/2].
+template <int degree>
+MK_INLINE vf exp2_negative(vf x) {
+#if defined(__AVX512DQ__)
+  constexpr float c5[] = {0.693151295f, 0.240164444f, 0.0557999127f, 0.00901702978f, 0.0018671304f};
+  constexpr float c6[] = {0.693147063f, 0.240229309f, 0.0554852821f, 0.00967545155f, 0.00124678458f, 0.000216129178f};
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, 1);
+#else
+  constexpr float c5[] = {0.693147004f, 0.240222424f, 0.0555073358f, 0.00967151299f, 0.00132647273f};
+  constexpr float c6[] = {0.693147182f, 0.240226477f, 0.0555033237f, 0.00961843692f, 0.0013398875f, 0.00015353362f};
+  const vf inside = x < -125.f ? set1(-125.f) : x;
+  const vf shifted = inside + round_magic, f = inside - (shifted - round_magic);
+#endif
+  vf p;
+  if constexpr (degree == 6)
+    p = polynomial(f, c6);
+  else
+    p = polynomial(f, c5);
+#if defined(__AVX512DQ__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  const vf power = (vf)(((vi)shifted << 23) + (127 << 23));
+  return x < -125.f ? vf{} : p * power;
+#endif
+}
+
+template <int degree>
+MK_INLINE vd exp2_negative(vd x) {
+  for (int i = 0; i < lanes / 2; i++) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
+MK_INLINE float exp2_scalar(float x) { return __builtin_exp2f(x); }
+MK_INLINE double exp2_scalar(double x) { return __builtin_exp2(x); }
+
+// Probabilities as the product with the values takes them.
+template <class M>
+MK_INLINE void store_probabilities(typename M::Word* p, typename M::Vec e0, typename M::Vec e1) {
+  if constexpr (M::step == 1) {
+    store_words(p, e0);
+    store_words(p + M::width, e1);
+  } else {
+    store((bf16*)p, e0);
+    store((bf16*)p + M::width, e1);
+  }
+}
+
+// Scores outside [first, last) become -inf.
+template <class M>
+MK_INLINE void mask_row(typename M::Scalar* s, int64_t n, int64_t first, int64_t last) {
+  for (int64_t j = 0; j < least(first, n); j++) s[j] = -INFINITY;
+  for (int64_t j = most(last, 0); j < n; j++) s[j] = -INFINITY;
+}
+
+template <class Scalar>
+struct RowState {
+  Scalar top;  // the largest score so far
+  Scalar sum;  // of exp2((score - top) * scale)
+};
+
+// Online softmax (Milakov and Gimelshein 2018): turns `n` scores, a multiple of two vectors, into probabilities
+// relative to the largest score so far, and returns the factor for what was summed before. Subtracting before scaling
+// makes the largest exactly 1, and with it a window of one key exact.
+template <class M>
+MK_INLINE typename M::Scalar softmax_row(const typename M::Scalar* s, typename M::Word* p, int64_t n,
+                                         typename M::Scalar scale, RowState<typename M::Scalar>& state) {
+  using Scalar = typename M::Scalar;
+  using Vec = typename M::Vec;
+  constexpr int width = M::width;
+  Vec top0 = load_words<Vec>(s), top1 = load_words<Vec>(s + width);
+  for (int64_t j = 2 * width; j < n; j += 2 * width) {
+    top0 = larger(top0, load_words<Vec>(s + j));
+    top1 = larger(top1, load_words<Vec>(s + j + width));
+  }
+  const Scalar block = largest<M>(larger(top0, top1)), old = state.top;
+  const Scalar top = block > old ? block : old, base = top == -INFINITY ? 0 : top;
+  const Scalar factor = old == top ? 1 : exp2_scalar((old - base) * scale);
+  Vec sum0 = {}, sum1 = {};
+  for (int64_t j = 0; j < n; j += 2 * width) {
+    const Vec e0 = exp2_negative<M::degree>((load_words<Vec>(s + j) - base) * scale);
+    const Vec e1 = exp2_negative<M::degree>((load_words<Vec>(s + j + width) - base) * scale);
+    sum0 += e0;
+    sum1 += e1;
+    store_probabilities<M>(p + j / M::step, e0, e1);
+  }
+  state = {top, state.sum * factor + sum(sum0 + sum1)};
+  return factor;
+}
+
+// Scores are computed with the sign of the scale in q, so that the largest score is the largest exponent.
+struct Scaling {
+  double sign, magnitude;
+};
+
+MK_INLINE Scaling scaling(double scale) {
+  return scale == 0 ? Scaling{0, 1} : scale < 0 ? Scaling{-1, -scale} : Scaling{1, scale};
+}
+
+constexpr double log2_e = 1.4426950408889634;
+
+// The output row and the natural log of the softmax's denominator: 0 and -inf where no key is visible.
+template <class M, class T>
+MK_INLINE void finish_row(const Attention& a, const typename M::Scalar* acc, RowState<typename M::Scalar> state, T* out,
+                          typename M::Scalar* lse) {
+  const typename M::Scalar sum = state.sum == 0 ? 1 : state.sum;
+  int64_t d = 0;
+  for (; d + M::width <= a.dim; d += M::width) store(out + d, load_words<typename M::Vec>(acc + d) / sum);
+  if (d < a.dim) store_n(out + d, load_words<typename M::Vec>(acc + d) / sum, a.dim - d);
+  if (!lse) return;
+  *lse = state.sum == 0 ? -INFINITY : state.top * scaling(a.scale).magnitude + __builtin_log((double)state.sum);
+}
+
+}  // namespace
+}  // namespace mk::MK_ISA

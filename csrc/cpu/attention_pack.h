@@ -1,0 +1,132 @@
+// Keys and values laid out for the products of the attention tiles: keys in panels of [dim words][panel keys],
+// transposed in registers; values in rows of words, [panel keys / step][columns].
+#pragma once
+#include "cpu/attention_math.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+template <class M>
+constexpr int panel_keys = strip_vectors * M::width;
+
+// Words of a key, and columns of a value row.
+template <class M>
+MK_INLINE int64_t key_words(int64_t dim) {
+  return round_up(dim, M::step) / M::step;
+}
+
+template <class M>
+MK_INLINE int64_t value_columns(int64_t dim) {
+  return round_up(dim, M::width);
+}
+
+template <int... I>
+struct Indices {};
+template <int n, int... I>
+struct Count : Count<n - 1, n - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using type = Indices<I...>;
+};
+
+// Exchanges the blocks of `half` lanes at odd places in a with those at even places in b.
+template <int half, class V, int... I>
+MK_INLINE void exchange(V& a, V& b, Indices<I...>) {
+  constexpr int n = sizeof...(I);
+  const V low = __builtin_shufflevector(a, b, (I & half ? n + I - half : I)...);
+  b = __builtin_shufflevector(a, b, (I & half ? n + I : I + half)...);
+  a = low;
+}
+
+template <int half, int n, class V>
+MK_INLINE void exchange_all(V (&t)[n]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++)
+    if (!(i & half)) exchange<half>(t[i], t[i + half], typename Count<n>::type());
+}
+
+template <int n, class V>
+MK_INLINE void transpose(V (&t)[n]) {
+  if constexpr (n > 8) exchange_all<8>(t);
+  if constexpr (n > 4) exchange_all<4>(t);
+  if constexpr (n > 2) exchange_all<2>(t);
+  exchange_all<1>(t);
+}
+
+// One vector of the words of a row, from word `w` on; zeros past `dim`.
+template <class M, class T>
+MK_INLINE typename M::Words row_words(const T* row, int64_t w, int64_t dim) {
+  const int64_t left = dim - w * M::step;
+  if constexpr (M::step == 1) return left >= M::width ? load(row + w) : load_n(row + w, most(left, 0));
+  typename M::Words words = {};
+  __builtin_memcpy(&words, row + w * M::step, least(most(left, 0), M::width * M::step) * sizeof(T));
+  return words;
+}
+
+struct Row {
+  const char *k, *v;
+};
+
+// Where key `key` of a sequence lies.
+template <class T>
+MK_INLINE Row find_key(const AttentionSequence& s, int64_t kv_head, int64_t key) {
+  const KeySpan* span = s.spans;
+  for (; key >= span->count; span++) key -= span->count;
+  const int64_t k = key * span->k_row + kv_head * span->k_head, v = key * span->v_row + kv_head * span->v_head;
+  return {span->k + k * (int64_t)sizeof(T), span->v + v * (int64_t)sizeof(T)};
+}
+
+template <class M, class T>
+MK_INLINE void pack_keys(const T* const* rows, int64_t keys, int64_t dim, typename M::Word* out) {
+  constexpr int n = M::width;
+  const int64_t words = key_words<M>(dim);
+  for (int64_t first = 0; first < panel_keys<M>; first += n)
+    for (int64_t w = 0; w < words; w += n) {
+      typename M::Words t[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; i++) t[i] = first + i < keys ? row_words<M>(rows[first + i], w, dim) : typename M::Words{};
+      transpose(t);
+      for (int i = 0; i < least(n, words - w); i++) store_words(out + (w + i) * panel_keys<M> + first, t[i]);
+    }
+}
+
+// Two vectors of bf16 as pairs.
+MK_INLINE vu pair(vu even, vu odd) { return even | (odd << 16); }
+
+template <class T>
+MK_INLINE vu raw_words(const T* p, int64_t n) {
+  vh h = {};
+  __builtin_memcpy(&h, p, (n < lanes ? n : lanes) * sizeof(T));
+  return widen(h);
+}
+
+template <class M, class T>
+MK_INLINE void pack_values(const T* const* rows, int64_t keys, int64_t dim, typename M::Word* out) {
+  const int64_t columns = value_columns<M>(dim);
+  for (int64_t key = 0; key < panel_keys<M>; key += M::step)
+    for (int64_t d = 0; d < columns; d += M::width, out += M::width) {
+      if (key >= keys)
+        store_words(out, typename M::Words{});
+      else if constexpr (M::step == 1)
+        store_words(out, row_words<M>(rows[key], d, dim));
+      else
+        store_words(out, pair(raw_words(rows[key] + d, dim - d),
+                              key + 1 < keys ? raw_words(rows[key + 1] + d, dim - d) : vu{}));
+    }
+}
+
+// Query rows as words, times the sign of the scale; zeros to the next whole word.
+template <class M, class T>
+MK_INLINE void pack_query(const T* row, int64_t dim, double sign, typename M::Word* out) {
+  for (int64_t w = 0; w < key_words<M>(dim); w += M::width) {
+    typename M::Words words = row_words<M>(row, w, dim);
+    if constexpr (M::step == 1)
+      words *= (typename M::Scalar)sign;
+    else
+      words = sign > 0 ? words : sign < 0 ? words ^ 0x80008000u : vu{};
+    __builtin_memcpy(out + w, &words, least(M::width, key_words<M>(dim) - w) * sizeof(typename M::Word));
+  }
+}
+
+}  // namespace
+}  // namespace mk::MK_ISA
