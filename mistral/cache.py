@@ -37,7 +37,7 @@ class RingCache:
 
     Attributes:
         k, v: one `[B, slots, Hkv, D]` tensor a layer.
-        seq_lens: `[B]` int32, the tokens of each sequence so far; `lengths` holds the same on the host, so that
+        seq_lens: `[B]` int32, the tokens of each sequence so far; `held` holds the same on the host, so that
             nothing has to wait for the device.
     """
 
@@ -62,7 +62,7 @@ class RingCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.lengths = [0] * batch
+        self.held = [0] * batch
 
     @property
     def nbytes(self) -> int:
@@ -70,21 +70,21 @@ class RingCache:
         return sum(t.nbytes for t in (*self.k, *self.v))
 
     def begin(
-        self, chunks: Sequence[int] | None, cos: torch.Tensor, sin: torch.Tensor, ops: SimpleNamespace
+        self, lengths: Sequence[int] | None, cos: torch.Tensor, sin: torch.Tensor, ops: SimpleNamespace
     ) -> "CachedPass":
-        """The pass of `chunks[b]` new tokens for each sequence b, None for one each; all layers share it.
+        """The pass of `lengths[b]` new tokens for each sequence b, None for one each; all layers share it.
 
         Raises:
-            ValueError: chunks that do not fit the batch; a sequence that outgrows a cache without a ring, or the
+            ValueError: lengths that do not fit the batch; a sequence that outgrows a cache without a ring, or the
                 rope tables.
         """
-        chunks = [1] * self.batch if chunks is None else list(chunks)
-        self._check(chunks, cos.shape[0])
-        if set(chunks) == {1}:
+        lengths = [1] * self.batch if lengths is None else list(lengths)
+        self._check(lengths, cos.shape[0])
+        if set(lengths) == {1}:
             positions, cu_seqlens, last, after = self.seq_lens, None, None, self.seq_lens + 1
         else:
-            positions, cu_seqlens, last, after = self._ragged(chunks)
-        longest = max(chunks)
+            positions, cu_seqlens, last, after = self._ragged(lengths)
+        longest = max(lengths)
         write_first = longest <= self.chunk
         return CachedPass(
             cache=self,
@@ -97,17 +97,17 @@ class RingCache:
             longest=longest,
             write_first=write_first,
             last=last,
-            tokens=sum(chunks),
-            after=(after, [old + new for old, new in zip(self.lengths, chunks, strict=True)]),
+            tokens=sum(lengths),
+            after=(after, [old + new for old, new in zip(self.held, lengths, strict=True)]),
         )
 
-    def _check(self, chunks: list[int], table_rows: int) -> None:
-        if len(chunks) != self.batch or min(chunks) < 0 or max(chunks) < 1:
+    def _check(self, lengths: list[int], table_rows: int) -> None:
+        if len(lengths) != self.batch or min(lengths) < 0 or max(lengths) < 1:
             raise ValueError(
-                f"the chunk lengths are {chunks}; they must be {self.batch}, one a sequence, 0 for those that idle,"
+                f"the chunk lengths are {lengths}; they must be {self.batch}, one a sequence, 0 for those that idle,"
                 " and not all 0"
             )
-        for b, (held, new) in enumerate(zip(self.lengths, chunks, strict=True)):
+        for b, (held, new) in enumerate(zip(self.held, lengths, strict=True)):
             if self.window is None and held + new > self.slots:
                 raise ValueError(
                     f"sequence {b} would have {held + new} tokens, but the cache was made for {self.slots} and has no"
@@ -119,27 +119,27 @@ class RingCache:
                     " Transformer.reserve_positions makes more"
                 )
 
-    def _ragged(self, chunks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _ragged(self, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """positions `[T]`, cu_seqlens `[B + 1]`, the row of each live sequence's last token, and the new seq_lens."""
         device, ends = self.seq_lens.device, [0]
-        for n in chunks:
+        for n in lengths:
             ends.append(ends[-1] + n)
-        spans = [torch.arange(a, a + n, dtype=torch.int32) for a, n in zip(self.lengths, chunks, strict=True) if n]
-        last = torch.tensor([end - 1 for end, n in zip(ends[1:], chunks, strict=True) if n], device=device)
-        added = torch.tensor(chunks, dtype=torch.int32, device=device)
+        spans = [torch.arange(a, a + n, dtype=torch.int32) for a, n in zip(self.held, lengths, strict=True) if n]
+        last = torch.tensor([end - 1 for end, n in zip(ends[1:], lengths, strict=True) if n], device=device)
+        added = torch.tensor(lengths, dtype=torch.int32, device=device)
         cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
         return torch.cat(spans).to(device), cu_seqlens, last, self.seq_lens + added
 
     def advance(self, done: "CachedPass") -> None:
         """Counts the tokens of a pass that all layers have finished."""
-        self.seq_lens, self.lengths = done.after
+        self.seq_lens, self.held = done.after
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Empties these sequences, all if None. What their slots hold is never read again."""
         rows = range(self.batch) if rows is None else rows
         empty = set(rows)
-        self.lengths = [0 if b in empty else n for b, n in enumerate(self.lengths)]
-        self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32, device=self.seq_lens.device)
+        self.held = [0 if b in empty else n for b, n in enumerate(self.held)]
+        self.seq_lens = torch.tensor(self.held, dtype=torch.int32, device=self.seq_lens.device)
 
 
 @dataclasses.dataclass(frozen=True)

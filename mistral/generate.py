@@ -111,8 +111,8 @@ def _prefill(
         for start in range(0, longest, chunk_size):
             pieces = [list(prompt[start : start + chunk_size]) for prompt in prompts]
             tokens = torch.tensor([t for piece in pieces for t in piece], device=model.device)
-            chunks = [len(piece) for piece in pieces]
-            hidden_states = model.hidden(tokens, cache=cache, chunks=chunks, last=True)
+            lengths = [len(piece) for piece in pieces]
+            hidden_states = model.hidden(tokens, cache=cache, lengths=lengths, last_only=True)
             fed = [i for i, piece in enumerate(pieces) if piece]
             ended = [at for at, i in enumerate(fed) if len(prompts[i]) <= start + chunk_size]
             if ended:
@@ -165,8 +165,8 @@ def generate(
     prefilled = time.perf_counter()
     rows, tokens = batch.next()
     while rows:
-        chunks = None if len(rows) == len(prompts) else [int(alive) for alive in batch.live]
-        logits = model(torch.tensor(tokens, device=model.device), cache=cache, chunks=chunks)
+        lengths = None if len(rows) == len(prompts) else [int(alive) for alive in batch.live]
+        logits = model(torch.tensor(tokens, device=model.device), cache=cache, lengths=lengths)
         batch.take(logits, rows, logprobs)
         rows, tokens = batch.next()
     return Generated(

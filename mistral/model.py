@@ -113,8 +113,8 @@ class TransformerBlock(nn.Module):
 
 
 class RopeTables(nn.Module):
-    """cos and sin, float32 `[P, D/2]`. They are no part of a checkpoint, and `.to(bfloat16)` does not round them:
-    in 16 bits positions past a few hundred could not be told apart."""
+    """cos and sin, `[P, D/2]`: float64 in a float64 model, else float32. They are no part of a checkpoint, and
+    `.to(bfloat16)` does not round them: in 16 bits long positions could not be told apart."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -122,21 +122,27 @@ class RopeTables(nn.Module):
     def __init__(self, config: ModelConfig, ops: SimpleNamespace):
         super().__init__()
         self.config, self.make = config, ops.rope_table
-        self.reserve(config.max_positions, torch.device("cpu"))
+        self.rebuild(config.max_positions, torch.get_default_device(), torch.float32)
 
-    def reserve(self, positions: int, device: torch.device) -> None:
-        """Makes tables of this many positions on `device`, real even where the weights are on "meta"."""
+    def rebuild(self, positions: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Makes tables of this many positions; on the CPU where the weights are on "meta"."""
         c = self.config
+        # Tensors made within inference mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.device("cpu"):
-            cos, sin = self.make(c.head_dim, c.rope_theta, positions, c.rope_scaling)
+            cos, sin = self.make(c.head_dim, c.rope_theta, positions, c.rope_scaling, dtype=dtype)
+        device = cos.device if device.type == "meta" else device
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RopeTables":
         cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
-        device = cos.device if self.cos.is_meta else self.cos.device
-        self.cos, self.sin = cos.to(device), sin.to(device)
+        dtype = torch.float64 if self.cos.dtype == torch.float64 else torch.float32
+        if dtype != cos.dtype:
+            self.rebuild(cos.shape[0], self.cos.device, dtype)
+        else:
+            device = cos.device if self.cos.is_meta else self.cos.device
+            self.cos, self.sin = cos.to(device), sin.to(device)
         return self
 
 
@@ -183,7 +189,11 @@ class Transformer(nn.Module):
                 " sliding window"
             )
         if positions > self.rope.cos.shape[0]:
-            self.rope.reserve(positions, self.rope.cos.device)
+            self.rope.rebuild(positions, self.rope.cos.device, self.rope.cos.dtype)
+
+    def reset_tables(self, dtype: torch.dtype = torch.float32) -> None:
+        """Makes the rope tables again, on the weights' device: float64 where weights of float64 were assigned."""
+        self.rope.rebuild(self.rope.cos.shape[0], self.device, dtype)
 
     def cache(self, batch: int, max_seq_len: int, chunk: int = 1) -> RingCache:
         """An empty cache for this model."""
@@ -195,8 +205,8 @@ class Transformer(nn.Module):
         *,
         cu_seqlens: torch.Tensor | None = None,
         cache: RingCache | None = None,
-        chunks: Sequence[int] | None = None,
-        last: bool = False,
+        lengths: Sequence[int] | None = None,
+        last_only: bool = False,
         float32: bool = False,
     ) -> torch.Tensor:
         """Logits of the next token at every position.
@@ -207,9 +217,9 @@ class Transformer(nn.Module):
             cu_seqlens: `[sequences + 1]` int32, where each packed sequence starts, and T.
             cache: what the sequences have had so far; the new tokens are added to it. No gradients: call it under
                 `torch.inference_mode()` or `torch.no_grad()`.
-            chunks: how many of the tokens belong to each sequence of the cache, 0 for one that idles; None for one
+            lengths: how many of the tokens belong to each sequence of the cache, 0 for one that idles; None for one
                 each.
-            last: only at the last position of each sequence, so that `[T, V]` is never formed: `[B, V]`, without
+            last_only: only at the last position of each sequence, so that `[T, V]` is never formed: `[B, V]`, without
                 rows for empty chunks and sequences.
             float32: logits in float32, instead of the weights' dtype.
 
@@ -217,10 +227,10 @@ class Transformer(nn.Module):
             `[..., V]`, as tokens has dimensions.
 
         Raises:
-            ValueError: tokens, cu_seqlens or chunks that do not fit; more positions than tables or cache hold.
+            ValueError: tokens, cu_seqlens or lengths that do not fit; more positions than tables or cache hold.
             NotImplementedError: a derivative with a cache.
         """
-        return self.logits(self.hidden(tokens, cu_seqlens, cache, chunks, last), float32)
+        return self.logits(self.hidden(tokens, cu_seqlens, cache, lengths, last_only), float32)
 
     def logits(self, hidden: torch.Tensor, float32: bool = False) -> torch.Tensor:
         """The output projection of what `hidden` returns."""
@@ -235,27 +245,27 @@ class Transformer(nn.Module):
         tokens: torch.Tensor,
         cu_seqlens: torch.Tensor | None = None,
         cache: RingCache | None = None,
-        chunks: Sequence[int] | None = None,
-        last: bool = False,
+        lengths: Sequence[int] | None = None,
+        last_only: bool = False,
     ) -> torch.Tensor:
         """`[..., N]`, what the output projection multiplies; arguments as in `forward`."""
         if cache is not None:
-            plan: FullPass | CachedPass = self._cached(tokens, cu_seqlens, cache, chunks)
+            plan: FullPass | CachedPass = self._cached(tokens, cu_seqlens, cache, lengths)
         else:
-            plan = self._full(tokens, cu_seqlens, chunks)
+            plan = self._full(tokens, cu_seqlens, lengths)
         delta: torch.Tensor = self.tok_embeddings(tokens)
         residual: Any = None
         for layer, rings in zip(self.layers, plan.layers(), strict=False):
             delta, residual = layer(delta, residual, plan, rings)
         if isinstance(plan, CachedPass):
             plan.cache.advance(plan)
-        if last:
+        if last_only:
             delta, residual = plan.last_rows(delta), plan.last_rows(residual)
         return self.norm(delta, residual)[0]
 
-    def _full(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, chunks: Sequence[int] | None) -> FullPass:
-        if chunks is not None:
-            raise ValueError("chunks are lengths within a cache; packed sequences without one take cu_seqlens")
+    def _full(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, lengths: Sequence[int] | None) -> FullPass:
+        if lengths is not None:
+            raise ValueError("lengths belongs to a cache; packed sequences without one take cu_seqlens")
         if tokens.dim() != (2 if cu_seqlens is None else 1):
             needed = "[B, S]" if cu_seqlens is None else "[T] with cu_seqlens"
             raise ValueError(f"tokens is {list(tokens.shape)}; without a cache it must be {needed}")
@@ -270,11 +280,11 @@ class Transformer(nn.Module):
         tokens: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
         cache: RingCache,
-        chunks: Sequence[int] | None,
+        lengths: Sequence[int] | None,
     ) -> CachedPass:
         if cu_seqlens is not None:
-            raise ValueError("cu_seqlens is for packed sequences without a cache; with one, pass chunks")
-        plan = cache.begin(chunks, self.rope.cos, self.rope.sin, self.ops)
+            raise ValueError("cu_seqlens is for packed sequences without a cache; with one, pass lengths")
+        plan = cache.begin(lengths, self.rope.cos, self.rope.sin, self.ops)
         if tokens.shape != (plan.tokens,):
-            raise ValueError(f"tokens is {list(tokens.shape)}; for these chunks it must be [{plan.tokens}], packed")
+            raise ValueError(f"tokens is {list(tokens.shape)}; for these lengths it must be [{plan.tokens}], packed")
         return plan

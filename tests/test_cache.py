@@ -15,7 +15,7 @@ OPS = pytest.mark.parametrize("ops", [mistral_kernels, reference], ids=["fused",
 def feed(net, cache, chunks, seed=0):
     tokens = tiny.tokens(sum(chunks), seed=seed)
     with torch.inference_mode():
-        return net(tokens, cache=cache, chunks=chunks)
+        return net(tokens, cache=cache, lengths=chunks)
 
 
 @OPS
@@ -37,7 +37,7 @@ def test_worked_example(ops):
     assert cache.v[0][:2, :, 0, 0].tolist() == [[4, 5, 3], [11, 12, 10]]
     assert cache.v[0][2, :2, 0, 0].tolist() == [13, 14]
     assert torch.equal(cache.k[0][2, 2], third)
-    assert cache.seq_lens.tolist() == cache.lengths == [5, 8, 5]
+    assert cache.seq_lens.tolist() == cache.held == [5, 8, 5]
 
 
 @OPS
@@ -51,7 +51,7 @@ def test_ragged_chunks_equal_the_sequences_alone(ops, window):
     for step, chunks in enumerate(schedule):
         parts = [tiny.tokens(n, seed=10 * step + b) for b, n in enumerate(chunks)]
         with torch.inference_mode():
-            out = net(torch.cat(parts), cache=cache, chunks=chunks).split(chunks)
+            out = net(torch.cat(parts), cache=cache, lengths=chunks).split(chunks)
         for b in range(3):
             sequences[b].append(parts[b])
             got[b].append(out[b])
@@ -85,7 +85,7 @@ def test_bytes_are_constant():
         feed(net, cache, [5, 1])
         assert cache.nbytes == expected
     assert [t.data_ptr() for t in (*cache.k, *cache.v)] == storage
-    assert cache.lengths == [60, 12]
+    assert cache.held == [60, 12]
 
 
 def test_published_memory_of_mistral_7b():
@@ -117,14 +117,14 @@ def test_reset_rows_start_again():
     cache = net.cache(3, 30)
     feed(net, cache, [9, 5, 7])
     cache.reset([1])
-    assert cache.seq_lens.tolist() == cache.lengths == [9, 0, 7]
+    assert cache.seq_lens.tolist() == cache.held == [9, 0, 7]
     with torch.inference_mode():
         tokens = tiny.tokens(6, seed=5)
-        got = net(tokens, cache=cache, chunks=[0, 6, 0])
+        got = net(tokens, cache=cache, lengths=[0, 6, 0])
         truth = net(tokens[None])[0]
     assert (got - truth).abs().max() < 1e-5 * truth.abs().max()
     cache.reset()
-    assert cache.seq_lens.tolist() == cache.lengths == [0, 0, 0]
+    assert cache.seq_lens.tolist() == cache.held == [0, 0, 0]
 
 
 def test_a_sequence_that_outgrows_the_cache_raises_and_changes_nothing():
@@ -134,7 +134,7 @@ def test_a_sequence_that_outgrows_the_cache_raises_and_changes_nothing():
     held = cache.k[0].clone()
     with pytest.raises(ValueError, match="sequence 0 would have 9 tokens, but the cache was made for 8"):
         feed(net, cache, [1, 1])
-    assert cache.lengths == [8, 3] and torch.equal(cache.k[0], held)
+    assert cache.held == [8, 3] and torch.equal(cache.k[0], held)
     feed(net, cache, [0, 5])
 
 

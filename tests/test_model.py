@@ -169,7 +169,7 @@ def test_packed_equals_dense(ops, window):
     packed = net(torch.cat(parts), cu_seqlens=cu)
     dense = [net(p[None])[0] for p in parts if len(p)]
     assert_close(packed, torch.cat(dense), 1e-5)
-    assert_close(net(torch.cat(parts), cu_seqlens=cu, last=True), torch.stack([d[-1] for d in dense]), 1e-5)
+    assert_close(net(torch.cat(parts), cu_seqlens=cu, last_only=True), torch.stack([d[-1] for d in dense]), 1e-5)
 
 
 @torch.inference_mode()
@@ -179,8 +179,8 @@ def test_last_and_float32():
     full = net(tokens)
     assert full.dtype == torch.bfloat16 and full.shape == (2, 9, 97)
     assert torch.equal(net(tokens, float32=True), full.float())
-    assert net(tokens, last=True).shape == (2, 97)
-    assert_close(net(tokens, last=True).float(), full[:, -1].float(), 2e-2)
+    assert net(tokens, last_only=True).shape == (2, 97)
+    assert_close(net(tokens, last_only=True).float(), full[:, -1].float(), 2e-2)
 
 
 def test_arguments_that_do_not_fit_raise():
@@ -189,11 +189,11 @@ def test_arguments_that_do_not_fit_raise():
     with pytest.raises(ValueError, match=r"it must be \[B, S\]"):
         net(tiny.tokens(5))
     with pytest.raises(ValueError, match="cu_seqlens"):
-        net(tiny.tokens(1, 5), chunks=[5])
-    with pytest.raises(ValueError, match="pass chunks"):
+        net(tiny.tokens(1, 5), lengths=[5])
+    with pytest.raises(ValueError, match="pass lengths"):
         net(tiny.tokens(5), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), cache=cache)
     with pytest.raises(ValueError, match=r"must be \[7\], packed"):
-        net(tiny.tokens(5), cache=cache, chunks=[3, 4])
+        net(tiny.tokens(5), cache=cache, lengths=[3, 4])
     with pytest.raises(ValueError, match="tables hold 16"):
         net(tiny.tokens(1, 17))
     with pytest.raises(NotImplementedError, match=r"torch\.no_grad"):
@@ -235,6 +235,14 @@ def test_built_on_meta_the_tables_are_real():
     tokens = tiny.tokens(1, 9)
     assert torch.equal(net(tokens), tiny.model()(tokens))
     assert torch.equal(net.to_empty(device="cpu").rope.cos, tiny.model().rope.cos)
+
+
+def test_tables_follow_the_model_to_float64_and_back():
+    net, exact = Transformer(tiny.CONFIG), Transformer(tiny.CONFIG)
+    cos, _ = mistral_kernels.rope_table(16, 1e4, 256, dtype=torch.float64)
+    exact.reset_tables(torch.float64)
+    assert torch.equal(net.double().rope.cos, cos) and torch.equal(exact.rope.cos, cos)
+    assert torch.equal(net.bfloat16().rope.cos, cos.float())
 
 
 def test_copies_compute_the_same():
@@ -302,7 +310,7 @@ def test_a_layer_compiles_forward_and_backward():
 def test_a_decode_step_compiles():
     net = tiny.model(n_layers=1, sliding_window=4)
     layer, cache = net.layers[0], net.cache(2, 30)
-    net(tiny.tokens(12), cache=cache, chunks=[9, 3])
+    net(tiny.tokens(12), cache=cache, lengths=[9, 3])
     before, other = cache.k[0].clone(), copy.deepcopy(cache)
     compiled = torch.compile(layer, fullgraph=True)
     x, residual = torch.randn(2, 40), torch.randn(2, 40)
@@ -324,5 +332,5 @@ def test_compiled_layers_share_their_graphs():
     caches = [m.cache(2, 40) for m in (net, eager)]
     for chunks in ([9, 3], [5, 5], *[None] * 12):
         tokens = tiny.tokens(sum(chunks or [1, 1]))
-        fast, slow = (m(tokens, cache=c, chunks=chunks) for m, c in zip((net, eager), caches, strict=True))
+        fast, slow = (m(tokens, cache=c, lengths=chunks) for m, c in zip((net, eager), caches, strict=True))
         assert_close(fast, slow, 1e-5)

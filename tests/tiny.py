@@ -47,7 +47,7 @@ def through_cache(
     rows = [[] for _ in sequences]
     for start in range(0, longest, chunk):
         pieces = [s[start : start + chunk] for s in sequences]
-        out = net(torch.cat(pieces), cache=cache, chunks=[len(p) for p in pieces])
+        out = net(torch.cat(pieces), cache=cache, lengths=[len(p) for p in pieces])
         for row, part in zip(rows, out.split([len(p) for p in pieces]), strict=True):
             row.append(part)
     return [torch.cat(row) for row in rows]
