@@ -172,7 +172,7 @@ class Replacing:
     def open(self, name: str) -> BinaryIO:
         """A new file; the caller closes it with `close`."""
         self.names.append(name)
-        return self._temporary(name).open("xb")
+        return self._temporary(name).open("wb")
 
     def close(self, file: BinaryIO) -> None:
         file.flush()
