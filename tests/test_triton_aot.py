@@ -1,0 +1,62 @@
+"""The Triton kernels compiled for GPUs that need not be here: registers, spills, width of loads, float64, MMA.
+
+Every module tests/aot_specs_*.py adds its SPECS. Nothing here says how fast a kernel is.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+MODULES = sorted(path.stem for path in TESTS.glob("aot_specs_*.py"))
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def reports(module: str, capability: int, cache: Path, *options: str) -> list[dict]:
+    """What the harness prints, run without the interpreter that this process may have on."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    path = [str(TESTS), str(TESTS.parent / "kernels"), *sys.path]
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "triton_aot.py"), module, str(capability), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(found: list[dict]) -> None:
+    assert found
+    wrong = [f"{r['spec']} ({r.get('kernel', 'not compiled')}): {p}" for r in found for p in r["problems"]]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("module", MODULES)
+def test_production_configurations(module, capability, tmp_path):
+    check(reports(module, capability, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("module", MODULES)
+def test_all_configurations(module, capability, tmp_path):
+    check(reports(module, capability, tmp_path, "--slow"))
+
+
+def test_harness_finds_what_is_wrong(tmp_path):
+    sys.path.insert(0, str(TESTS))
+    from aot_bad_kernels import EXPECTED
+
+    found = {r["spec"]: " ".join(r["problems"]) for r in reports("aot_bad_kernels", 90, tmp_path)}
+    assert found.keys() == EXPECTED.keys()
+    for name, sentence in EXPECTED.items():
+        assert (sentence in found[name]) if sentence else not found[name], (name, found[name])
