@@ -13,6 +13,7 @@ from .triton_blocks import (
     launch,
     load_keys,
     load_rows,
+    log_sum,
     padded,
     positive_scale,
     product,
@@ -37,7 +38,7 @@ def _visible(scores, start, positions, end, W, BN: tl.constexpr, CAUSAL: tl.cons
 
 @triton.jit
 def _block(
-    acc, m, l, p, decay, q, k_ptr, k_desc, v_ptr, v_desc, start, end, positions, scale2, s_kn, s_vn, W,
+    acc, top, m, den, p, decay, q, k_ptr, k_desc, v_ptr, v_desc, start, end, positions, scale2, s_kn, s_vn, W,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, LAG: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -50,11 +51,11 @@ def _block(
         acc = accumulate(acc, p, v, decay)
     if MASKED:
         scores = _visible(scores, start, positions, end, W, BN, CAUSAL, WINDOW)
-    p, decay, m, l = softmax_step(scores, m, l, scale2, MASKED)
+    p, decay, top, m, den = softmax_step(scores, top, m, den, scale2, MASKED)
     if not LAG:
         v = load_keys(v_ptr, v_desc, start, end, s_vn, D, DP, BN, TMA, not MASKED)
         acc = accumulate(acc, p, v, decay)
-    return acc, m, l, p, decay
+    return acc, top, m, den, p, decay
 
 
 @triton.jit
@@ -125,8 +126,9 @@ def attention_forward(
     full_lo = tl.minimum(tl.maximum(full_lo, lo), full_hi)
 
     acc = tl.zeros([BM, DP], tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    m = tl.full([BM], float("-inf"), tl.float32)
+    den = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    m = top
     if hi <= 0:
         _store(Out, Lse, acc, m, q0 + first_row, lse_row, rows, live, h, H, D, DP)
         return
@@ -146,32 +148,30 @@ def attention_forward(
     if LAG:
         k = load_keys(K, k_desc, lo, Sk, s_kn, D, DP, BN, TMA, False)
         scores = _visible(product(q, k), lo, positions, Sk, W, BN, CAUSAL, WINDOW)
-        p, decay, m, l = softmax_step(scores, m, l, scale2, True)
+        p, decay, top, m, den = softmax_step(scores, top, m, den, scale2, True)
         start = lo + BN
     if WINDOW:
         for n in tl.range(start, full_lo, BN, num_stages=STAGES):
-            acc, m, l, p, decay = _block(
-                acc, m, l, p, decay, q, K, k_desc, V, v_desc, n, Sk, positions, scale2, s_kn, s_vn, W,
+            acc, top, m, den, p, decay = _block(
+                acc, top, m, den, p, decay, q, K, k_desc, V, v_desc, n, Sk, positions, scale2, s_kn, s_vn, W,
                 D, DP, BN, TMA, LAG, True, CAUSAL, WINDOW,
             )  # fmt: skip
     for n in tl.range(tl.maximum(start, full_lo), full_hi, BN, num_stages=STAGES):
-        acc, m, l, p, decay = _block(
-            acc, m, l, p, decay, q, K, k_desc, V, v_desc, n, Sk, positions, scale2, s_kn, s_vn, W,
+        acc, top, m, den, p, decay = _block(
+            acc, top, m, den, p, decay, q, K, k_desc, V, v_desc, n, Sk, positions, scale2, s_kn, s_vn, W,
             D, DP, BN, TMA, LAG, False, CAUSAL, WINDOW,
         )  # fmt: skip
     for n in tl.range(tl.maximum(start, full_hi), hi, BN, num_stages=STAGES):
-        acc, m, l, p, decay = _block(
-            acc, m, l, p, decay, q, K, k_desc, V, v_desc, n, Sk, positions, scale2, s_kn, s_vn, W,
+        acc, top, m, den, p, decay = _block(
+            acc, top, m, den, p, decay, q, K, k_desc, V, v_desc, n, Sk, positions, scale2, s_kn, s_vn, W,
             D, DP, BN, TMA, LAG, True, CAUSAL, WINDOW,
         )  # fmt: skip
     if LAG:
         v = load_keys(V, v_desc, tl.maximum(lo, (hi - 1) // BN * BN), Sk, s_vn, D, DP, BN, TMA, False)
         acc = accumulate(acc, p, v, decay)
-    dead = l == 0.0
-    total = tl.where(dead, 1.0, l)
-    # scale / scale2 is ln 2 but for the rounding of scale2, which it undoes.
-    lse = tl.where(dead, float("-inf"), m * (scale / scale2) + tl.log(total))
-    _store(Out, Lse, acc / total[:, None], lse, q0 + first_row, lse_row, rows, live, h, H, D, DP)
+    lse = log_sum(top, m, den, scale, scale2)
+    acc = acc / tl.where(den == 0.0, 1.0, den)[:, None]
+    _store(Out, Lse, acc, lse, q0 + first_row, lse_row, rows, live, h, H, D, DP)
 
 
 def production_config(device_family: int, dim: int, itemsize: int) -> Config:
@@ -193,7 +193,14 @@ CONFIGS = {
     (100, 64, 16): Config(128, 128, 8, 2, tma=True),
     (100, 128, 16): Config(128, 128, 8, 2, tma=True),
     (100, 256, 16): Config(128, 64, 8, 2, tma=True),
-} | {(f, d, 32): Config(32, 32, 4, 1) for f in (80, 86, 90, 100) for d in (64, 128, 256)}
+}
+# float32 has no tensor cores at full precision: one config for every GPU, the largest tile without spills.
+for _family in (80, 86, 90, 100):
+    CONFIGS |= {
+        (_family, 64, 32): Config(32, 32, 4, 1),
+        (_family, 128, 32): Config(32, 32, 8, 1),
+        (_family, 256, 32): Config(32, 16, 8, 1),
+    }
 
 
 def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Config:

@@ -16,7 +16,6 @@ from ..attention.triton_blocks import (
     Config,
     accumulate,
     launch,
-    load_keys,
     load_rows,
     padded,
     positive_scale,
@@ -32,14 +31,86 @@ MAX_SPLITS = 128
 
 
 @triton.jit
-def _step(acc, m, l, q, k, v, positions, keys, end, scale2, W, WINDOW: tl.constexpr):
-    distance = positions[:, None] - keys[None, :]
-    seen = (distance >= 0) & (keys < end)[None, :]
-    if WINDOW:
-        seen = seen & (distance < W)
-    scores = tl.where(seen, product(q, k), float("-inf"))
-    p, decay, m, l = softmax_step(scores, m, l, scale2, True)
-    return accumulate(acc, p, v, decay), m, l
+def _block(
+    acc, top, m, den, q, K, V, keys, row, hi, positions, scale2, s_kn, s_vn, W,
+    D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """One block of keys, of which each position lies in its own row of K and V."""
+    columns = tl.arange(0, DP)
+    row = tl.cast(row, tl.int64)
+    k = load_rows(K + (row * s_kn)[:, None] + columns[None, :], keys < hi, columns, D, DP, not MASKED)
+    v = load_rows(V + (row * s_vn)[:, None] + columns[None, :], keys < hi, columns, D, DP, not MASKED)
+    scores = product(q, k)
+    if MASKED:
+        distance = positions[:, None] - keys[None, :]
+        seen = (distance >= 0) & (keys < hi)[None, :]
+        if WINDOW:
+            seen = seen & (distance < W)
+        scores = tl.where(seen, scores, float("-inf"))
+    p, decay, top, m, den = softmax_step(scores, top, m, den, scale2, MASKED)
+    return accumulate(acc, p, v, decay), top, m, den
+
+
+@triton.jit
+def _segment(
+    acc, top, m, den, q, K, V, lo, hi, row0, slots, earliest, latest, positions, scale2, s_kn, s_vn, W,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The keys at positions lo..hi, lo in row0 of K and V; a ring goes on in row 0 after its last.
+
+    With FULL, the blocks that all queries see whole, in the middle, are not masked: worth its code where many queries
+    make the arithmetic count.
+    """
+    full_lo = hi
+    full_hi = hi
+    if FULL:
+        full_lo = lo
+        if WINDOW:
+            full_lo = tl.minimum(lo + (tl.maximum(latest - W + 1 - lo, 0) + BN - 1) // BN * BN, hi)
+        full_hi = full_lo + tl.maximum(tl.minimum(hi, earliest + 1) - full_lo, 0) // BN * BN
+    cells = tl.arange(0, BN)
+    for start in tl.range(lo, full_lo, BN, num_stages=STAGES):
+        row = row0 + (start - lo) + cells
+        if RING:
+            row = tl.where(row >= slots, row - slots, row)
+        acc, top, m, den = _block(
+            acc, top, m, den, q, K, V, start + cells, row, hi, positions, scale2, s_kn, s_vn, W, D, DP, True, WINDOW
+        )
+    if FULL:
+        for start in tl.range(full_lo, full_hi, BN, num_stages=STAGES):
+            row = row0 + (start - lo) + cells
+            if RING:
+                row = tl.where(row >= slots, row - slots, row)
+            acc, top, m, den = _block(
+                acc,
+                top,
+                m,
+                den,
+                q,
+                K,
+                V,
+                start + cells,
+                row,
+                hi,
+                positions,
+                scale2,
+                s_kn,
+                s_vn,
+                W,
+                D,
+                DP,
+                False,
+                WINDOW,
+            )
+        for start in tl.range(full_hi, hi, BN, num_stages=STAGES):
+            row = row0 + (start - lo) + cells
+            if RING:
+                row = tl.where(row >= slots, row - slots, row)
+            acc, top, m, den = _block(
+                acc, top, m, den, q, K, V, start + cells, row, hi, positions, scale2, s_kn, s_vn, W, D, DP, True, WINDOW
+            )
+    return acc, top, m, den
 
 
 @triton.jit(do_not_specialize=["S", "W", "T", "tiles", "splits", "span"])
@@ -84,30 +155,26 @@ def attention_ring(
     q = load_rows(q_ptr, live, columns, D, DP, False)
     scale2 = tl.cast(scale, tl.float32) * LOG2E
     acc = tl.zeros([BM, DP], tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    m = tl.full([BM], float("-inf"), tl.float32)
-    cells = tl.arange(0, BN)
+    den = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    m = top
 
     oldest = tl.maximum(n - slots, 0)
     if WINDOW:
         oldest = tl.maximum(oldest, earliest - W + 1)
     lo = oldest + split * span
     hi = tl.minimum(tl.minimum(lo + span, n), latest + 1)
-    slot0 = lo % slots
     Kc += b * s_kb + kv_head * s_kh
     Vc += b * s_vb + kv_head * s_vh
-    for start in tl.range(lo, hi, BN, num_stages=STAGES):
-        slot = slot0 + (start - lo) + cells
-        slot = tl.cast(tl.where(slot >= slots, slot - slots, slot), tl.int64)
-        keys = start + cells
-        k = load_rows(Kc + (slot * s_kn)[:, None] + columns[None, :], keys < hi, columns, D, DP, False)
-        v = load_rows(Vc + (slot * s_vn)[:, None] + columns[None, :], keys < hi, columns, D, DP, False)
-        acc, m, l = _step(acc, m, l, q, k, v, positions, keys, hi, scale2, W, WINDOW)
+    acc, top, m, den = _segment(
+        acc, top, m, den, q, Kc, Vc, lo, hi, lo % slots, slots, earliest, latest, positions, scale2, s_kn, s_vn, W,
+        D, DP, BN, STAGES, WINDOW, True, not SPLIT,
+    )  # fmt: skip
     if CHUNK:
-        lo = 0
+        lo = n
         if WINDOW:
-            lo = tl.maximum(earliest - W + 1 - n, 0) // BN * BN
-        hi = tl.where(split == splits - 1, latest + 1 - n, 0)
+            lo = tl.maximum(n, earliest - W + 1)
+        hi = tl.where(split == splits - 1, latest + 1, 0)
         if PACKED:
             Kn += q0 * s_xn
             Vn += q0 * s_yn
@@ -116,19 +183,19 @@ def attention_ring(
             Vn += b * s_yb
         Kn += kv_head * s_xh
         Vn += kv_head * s_yh
-        for start in tl.range(lo, hi, BN, num_stages=STAGES):
-            k = load_keys(Kn, 0, start, hi, s_xn, D, DP, BN, False, False)
-            v = load_keys(Vn, 0, start, hi, s_yn, D, DP, BN, False, False)
-            acc, m, l = _step(acc, m, l, q, k, v, positions, n + start + cells, n + hi, scale2, W, WINDOW)
+        acc, top, m, den = _segment(
+            acc, top, m, den, q, Kn, Vn, lo, hi, lo - n, 0, earliest, latest, positions, scale2, s_xn, s_yn, W,
+            D, DP, BN, STAGES, WINDOW, False, not SPLIT,
+        )  # fmt: skip
 
     target = (q0 + query) * H + heads
     if SPLIT:
         target += split * (tl.cast(T, tl.int64) * H)
         tl.store(PartM + target, m, mask=live)
-        tl.store(PartL + target, l, mask=live)
-        tl.store(PartO + target[:, None] * DP + columns[None, :], acc, mask=(live & (l > 0.0))[:, None])
+        tl.store(PartL + target, den, mask=live)
+        tl.store(PartO + target[:, None] * DP + columns[None, :], acc, mask=(live & (den > 0.0))[:, None])
     else:
-        out = (acc / tl.where(l == 0.0, 1.0, l)[:, None]).to(Out.dtype.element_ty)
+        out = (acc / tl.where(den == 0.0, 1.0, den)[:, None]).to(Out.dtype.element_ty)
         tl.store(Out + target[:, None] * D + columns[None, :], out, mask=live[:, None] & (columns < D)[None, :])
 
 
@@ -141,10 +208,10 @@ def combine(
     columns = tl.arange(0, DP)
     every = tl.arange(0, SPLITS)
     m = tl.load(PartM + tl.cast(every, tl.int64) * rows + row, mask=every < splits, other=float("-inf"))
-    l = tl.load(PartL + tl.cast(every, tl.int64) * rows + row, mask=every < splits, other=0.0)
+    den = tl.load(PartL + tl.cast(every, tl.int64) * rows + row, mask=every < splits, other=0.0)
     top = tl.max(m, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(l * tl.math.exp2(m - top), 0)
+    total = tl.sum(den * tl.math.exp2(m - top), 0)
     out = tl.zeros([DP], tl.float32)
     for first in range(0, splits, BS):
         part = first + tl.arange(0, BS)
@@ -170,11 +237,12 @@ def production_config(dim: int, itemsize: int, rows: int) -> Config:
     """rows: queries × heads of a group. Nothing here was timed on a GPU; spills and shared memory were read off the
     machine code for sm_80, sm_90 and sm_100."""
     if itemsize == 4:
-        return Config(16, 32, 4, 1)
-    keys = 32 if padded(dim) == 256 else 64
+        return Config(16, 32, 8 if padded(dim) > 64 else 4, 1)
+    if padded(dim) == 256:
+        return Config(16, 32, 4, 2) if rows <= 16 else Config(64, 32, 8, 2)
     if rows <= 16:
-        return Config(16, keys, 4, 3 if keys == 64 else 2)
-    return Config(32 if rows <= 32 else 64, keys, 4, 2)
+        return Config(16, 64, 4, 3)
+    return Config(32 if rows <= 32 else 64, 64, 4, 2)
 
 
 def plan(config: Config, batch: int, kv_heads: int, rows: int, queries: int, slots: int, window: int) -> Plan:
