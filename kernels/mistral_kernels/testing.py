@@ -315,6 +315,7 @@ def cached_case(
         ring = _ring(lengths, before, slots, heads, kv_heads, dim, kind)
         made = {n: ring[n] for n in ("q", "k_cache", "v_cache", "cu_seqlens")} | dict(window=window)
         made["seq_lens"] = torch.tensor(before, dtype=torch.int32)
+        made["max_seqlen"] = max(lengths)  # on a GPU nobody looks it up, and the bound taken instead needs more slots
         return made | (dict(k_new=ring["k"], v_new=ring["v"]) if chunk else {})
 
     where = "ring+chunk" if chunk else "ring"
