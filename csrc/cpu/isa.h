@@ -1,0 +1,60 @@
+// One set of kernels for each instruction set, and the table through which the torch side reaches the chosen one.
+//
+// How an op family adds itself:
+//   csrc/cpu/<op>.h    a struct of function pointers over raw pointers, `struct FooKernels { ... };` in namespace mk,
+//                      then `MK_KERNELS(FooKernels, foo)` at file scope, which declares `foo` once for each tier.
+//   csrc/cpu/<op>.cpp  includes "cpu/vec.h" and its own header. Its functions are static or in an unnamed namespace in
+//                      `namespace mk::MK_ISA`, which ends with the definition `const FooKernels foo = {...};`.
+//                      setup.py compiles the file once a tier, with MK_ISA, MK_LANES and MK_BF16 set.
+//   csrc/torch/<op>.cpp  includes "torch/binding.h" and calls `pick(foo_tiers).run(...)`.
+//
+// A file of csrc/cpu includes only <cstdint>, <cmath> and <immintrin.h>: an inline function of the standard library
+// compiled here for AVX-512 could be the copy that the linker keeps for everyone, and stop older processors.
+#pragma once
+#include <cstdint>
+
+namespace mk {
+
+// In this order wherever a table is indexed by dtype. The 16-bit types are bits only; vec.h converts them.
+enum class Dtype : int { f32, bf16, f16, f64 };
+constexpr int dtypes = 4;
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+}  // namespace mk
+
+#ifdef MK_ISA
+#define MK_KERNELS(type, name) \
+  namespace mk::MK_ISA {       \
+  extern const mk::type name;  \
+  }
+#elif MK_X86
+#define MK_KERNELS(type, name)                                                                                \
+  namespace mk::base {                                                                                        \
+  extern const mk::type name;                                                                                 \
+  }                                                                                                           \
+  namespace mk::avx2 {                                                                                        \
+  extern const mk::type name;                                                                                 \
+  }                                                                                                           \
+  namespace mk::avx512 {                                                                                      \
+  extern const mk::type name;                                                                                 \
+  }                                                                                                           \
+  namespace mk::avx512bf16 {                                                                                  \
+  extern const mk::type name;                                                                                 \
+  }                                                                                                           \
+  namespace mk {                                                                                              \
+  inline constexpr const type* name##_tiers[] = {&base::name, &avx2::name, &avx512::name, &avx512bf16::name}; \
+  }
+#else
+#define MK_KERNELS(type, name)                                 \
+  namespace mk::base {                                         \
+  extern const mk::type name;                                  \
+  }                                                            \
+  namespace mk {                                               \
+  inline constexpr const type* name##_tiers[] = {&base::name}; \
+  }
+#endif

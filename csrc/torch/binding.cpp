@@ -1,0 +1,48 @@
+#include "torch/binding.h"
+
+namespace mk {
+namespace {
+
+struct TorchDtypes {
+  int32_t of[dtypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16(),
+                        aoti_torch_dtype_float64()};
+};
+
+const TorchDtypes& torch_dtypes() {
+  static const TorchDtypes all;
+  return all;
+}
+
+}  // namespace
+
+Dtype dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  for (int i = 0; i < dtypes; i++)
+    if (torch_dtypes().of[i] == dtype) return static_cast<Dtype>(i);
+  STD_TORCH_CHECK(false, "a tensor is of a dtype other than float32, bfloat16, float16 and float64");
+}
+
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype) {
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  int64_t strides[64];
+  STD_TORCH_CHECK(dims <= 64, "a tensor has ", dims, " dimensions; at most 64 are supported");
+  int64_t stride = 1;
+  for (int64_t d = dims - 1; d >= 0; d--) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides,
+                                                         torch_dtypes().of[static_cast<int>(dtype)],
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor unit_stride(const Tensor& t) {
+  const int64_t dims = t.dim();
+  if (dims == 0 || (dims <= max_dims && (t.stride(dims - 1) == 1 || t.size(dims - 1) == 1))) return t;
+  return torch::stable::contiguous(t);
+}
+
+}  // namespace mk

@@ -1,0 +1,118 @@
+// What the torch side of every op needs, on torch's stable ABI: the chosen kernels, dtypes, strides, outputs, threads.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/isa.h"
+
+namespace mk {
+
+using torch::stable::Tensor;
+
+// Index into the `<op>_tiers` tables of isa.h; chosen when the library is loaded.
+extern int tier;
+
+template <class Kernels, size_t n>
+const Kernels& pick(const Kernels* const (&tiers)[n]) {
+  return *tiers[tier];
+}
+
+// Throws where the dtype is none of the four.
+Dtype dtype_of(const Tensor& t);
+
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::f64 ? 8 : 2; }
+
+// The dtype of statistics such as rstd.
+constexpr Dtype wide(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+
+// A new contiguous tensor on the CPU; several times quicker than torch::stable::empty, which looks up an operator.
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype);
+
+constexpr int max_dims = 8;
+
+// `t` itself where kernels can read it in place: its last dimension has stride 1, and it has at most max_dims.
+Tensor unit_stride(const Tensor& t);
+
+// Outputs from this size on are stored past the caches, which would not hold them anyway.
+constexpr int64_t past_caches_bytes = int64_t{16} << 20;
+
+// f(begin, end) over [0, count), on several threads where each gets at least `grain`.
+template <class F>
+void in_parallel(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain)
+    f(int64_t{0}, count);
+  else
+    torch::stable::parallel_for(0, count, grain, f);
+}
+
+// Elements that keep a thread busy for some microseconds, about what waking it up costs.
+constexpr int64_t grain_elements = 32768;
+
+// Rows of `n` elements that one thread should at least take.
+inline int64_t grain_rows(int64_t n) { return n >= grain_elements ? 1 : grain_elements / (n ? n : 1); }
+
+// The leading dimensions of N tensors of one leading shape, merged where all strides allow: mostly a single one is
+// left. Strides and offsets count elements.
+template <int N>
+class Rows {
+ public:
+  // All but the last `inner` dimensions of the first tensor; the others have the same leading ones.
+  Rows(const Tensor* const (&tensors)[N], int64_t inner) {
+    const auto sizes = tensors[0]->sizes();
+    const int64_t leading = static_cast<int64_t>(sizes.size()) - inner;
+    for (int64_t d = 0; d < leading; d++) {
+      int64_t strides[N];
+      for (int i = 0; i < N; i++) strides[i] = tensors[i]->strides()[d];
+      add(sizes[d], strides);
+    }
+  }
+
+  int64_t count() const { return count_; }
+  int64_t stride(int i) const { return dims_ ? stride_[dims_ - 1][i] : 0; }
+
+  // f(first, rows, offsets) for runs of rows at equal distances, stride(i), that together are the rows [begin, end).
+  template <class F>
+  void each(int64_t begin, int64_t end, const F& f) const {
+    const int64_t run = dims_ ? size_[dims_ - 1] : 1;
+    while (begin < end) {
+      const int64_t left = run - begin % run, rows = left < end - begin ? left : end - begin;
+      int64_t offsets[N] = {}, rest = begin;
+      for (int d = dims_ - 1; d >= 0; d--) {
+        for (int i = 0; i < N; i++) offsets[i] += rest % size_[d] * stride_[d][i];
+        rest /= size_[d];
+      }
+      f(begin, rows, offsets);
+      begin += rows;
+    }
+  }
+
+  // Takes the innermost merged dimension away where it has stride 1 in every tensor; returns its size, else 1.
+  int64_t take_unit_stride() {
+    if (!dims_) return 1;
+    for (int i = 0; i < N; i++)
+      if (stride_[dims_ - 1][i] != 1) return 1;
+    const int64_t n = size_[--dims_];
+    count_ = n ? count_ / n : 0;
+    return n;
+  }
+
+ private:
+  void add(int64_t size, const int64_t (&strides)[N]) {
+    count_ *= size;
+    if (size == 1) return;
+    bool merges = dims_ > 0;
+    for (int i = 0; merges && i < N; i++) merges = stride_[dims_ - 1][i] == size * strides[i];
+    if (!merges) size_[dims_++] = 1;
+    size_[dims_ - 1] *= size;
+    for (int i = 0; i < N; i++) stride_[dims_ - 1][i] = strides[i];
+  }
+
+  int dims_ = 0;
+  int64_t count_ = 1, size_[max_dims], stride_[max_dims][N];
+};
+
+inline const char* data(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+inline char* mutable_data(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
+
+}  // namespace mk

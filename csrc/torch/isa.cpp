@@ -1,0 +1,55 @@
+// The instruction set: the best that the processor has, chosen once; tests set others.
+#include <cstring>
+
+#include "torch/binding.h"
+
+namespace mk {
+namespace {
+
+#if MK_X86
+constexpr const char* names[] = {"base", "avx2", "avx512", "avx512bf16"};
+#else
+constexpr const char* names[] = {"base"};
+#endif
+constexpr int tiers = sizeof names / sizeof *names;
+
+// The features that setup.py's flags for the tier let the compiler use, and nothing less.
+bool supported(int wanted) {
+#if MK_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512cd");
+  const bool each[] = {true, avx2, avx512, avx512 && __builtin_cpu_supports("avx512bf16")};
+  return each[wanted];
+#else
+  return wanted == 0;
+#endif
+}
+
+int best() {
+  int found = tiers - 1;
+  while (!supported(found)) found--;
+  return found;
+}
+
+}  // namespace
+
+int tier = best();
+
+}  // namespace mk
+
+// For tests, by ctypes: every set that this processor has is to be right, not only the one it would run.
+extern "C" __attribute__((visibility("default"))) const char* mistral_kernels_isa() { return mk::names[mk::tier]; }
+
+// 0, or 1 where there is no such set or the processor lacks it. Not while an op runs.
+extern "C" __attribute__((visibility("default"))) int mistral_kernels_set_isa(const char* name) {
+  for (int i = 0; i < mk::tiers; i++)
+    if (!std::strcmp(mk::names[i], name) && mk::supported(i)) {
+      mk::tier = i;
+      return 0;
+    }
+  return 1;
+}
