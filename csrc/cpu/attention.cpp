@@ -93,7 +93,8 @@ MK_INLINE void strip_scores(const Tile<M>& t, int64_t row, int64_t key, typename
   }
 }
 
-// acc = factor * acc + P V for NV vectors of columns, from column `d` on, and `keys` keys from `key` on.
+// acc = factor * acc + P V (without `factor`, P V) for NV vectors of columns, from column `d` on, and `keys` keys from
+// `key` on.
 template <class M, int MR, int NV>
 MK_INLINE void strip_values(const Tile<M>& t, int64_t row, int64_t key, int64_t keys, int64_t d,
                             const typename M::Scalar* factor) {
@@ -103,7 +104,9 @@ MK_INLINE void strip_values(const Tile<M>& t, int64_t row, int64_t key, int64_t 
 #pragma GCC unroll 6
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; n++) c[r][n] = load_words<typename M::Vec>(acc + r * t.columns + n * M::width) * factor[r];
+    for (int n = 0; n < NV; n++)
+      c[r][n] =
+          factor ? load_words<typename M::Vec>(acc + r * t.columns + n * M::width) * factor[r] : typename M::Vec{};
   multiply<M>(t.probabilities, block_keys<M> / M::step, keys / M::step, c,
               [&](int64_t k, int n) { return load_words<typename M::Words>(v + k * t.columns + n * M::width); });
 #pragma GCC unroll 6
@@ -129,14 +132,17 @@ void strip(const Tile<M>& t, int64_t row, int64_t query, int64_t first, int64_t 
       key += n;
     }
   }
-  typename M::Scalar factor[MR];
+  typename M::Scalar factors[MR];
+  bool fresh = true;
   for (int r = 0; r < MR; r++) {
+    fresh &= t.states[row + r].top == -INFINITY;
     typename M::Scalar* scores = t.scores + r * block_keys<M>;
     mask_row<M>(scores, last - first, first_visible(t.a, t.s, query + r) - base - first,
                 end_visible(t.a, t.s, query + r) - base - first);
-    factor[r] = softmax_row<M>(scores, t.probabilities + r * (block_keys<M> / M::step), last - first, t.scale,
-                               t.states[row + r]);
+    factors[r] = softmax_row<M>(scores, t.probabilities + r * (block_keys<M> / M::step), last - first, t.scale,
+                                t.states[row + r]);
   }
+  const typename M::Scalar* factor = fresh ? nullptr : factors;
   int64_t d = 0;
   for (; d + n <= t.columns; d += n) strip_values<M, MR, strip_vectors>(t, row, first, last - first, d, factor);
   if (strip_vectors == 4 && d + half <= t.columns) {
@@ -172,7 +178,6 @@ void start_tile(Tile<M>& t, const AttentionItem& item, int64_t rows) {
       const T* q = (const T*)t.s.q + (item.first + i) * t.a.q_row + (item.head + head) * t.a.q_head;
       pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + row * t.q_words);
       t.states[row] = {-INFINITY, 0};
-      for (int64_t d = 0; d < t.columns; d += M::width) store_words(t.acc + row * t.columns + d, typename M::Vec{});
     }
 }
 

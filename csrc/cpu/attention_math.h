@@ -30,11 +30,6 @@ struct Float64 {
   MK_INLINE void multiply_add(Vec& c, Words a, Words b) { c += a * b; }
 };
 
-// float16 is multiplied in float32, where an error of 1e-7 in exp2 cannot be seen.
-struct Half32 : Float32 {
-  static constexpr int degree = 5;
-};
-
 #if MK_BF16
 struct PairsBf16 {
   using Scalar = float;
@@ -48,7 +43,7 @@ struct PairsBf16 {
   }
 };
 #else
-using PairsBf16 = Half32;
+using PairsBf16 = Float32;
 #endif
 
 template <class T>
@@ -63,7 +58,7 @@ struct ArithmeticOf<double> {
 };
 template <>
 struct ArithmeticOf<f16> {
-  using type = Half32;
+  using type = Float32;
 };
 template <>
 struct ArithmeticOf<bf16> {
@@ -238,10 +233,14 @@ constexpr double log2_e = 1.4426950408889634;
 template <class M, class T>
 MK_INLINE void finish_row(const Attention& a, const typename M::Scalar* acc, RowState<typename M::Scalar> state, T* out,
                           typename M::Scalar* lse) {
-  const typename M::Scalar sum = state.sum == 0 ? 1 : state.sum;
-  int64_t d = 0;
-  for (; d + M::width <= a.dim; d += M::width) store(out + d, load_words<typename M::Vec>(acc + d) / sum);
-  if (d < a.dim) store_n(out + d, load_words<typename M::Vec>(acc + d) / sum, a.dim - d);
+  using Vec = typename M::Vec;
+  for (int64_t d = 0; d < a.dim; d += M::width) {
+    const Vec row = state.sum == 0 ? Vec{} : load_words<Vec>(acc + d) / state.sum;
+    if (d + M::width <= a.dim)
+      store(out + d, row);
+    else
+      store_n(out + d, row, a.dim - d);
+  }
   if (!lse) return;
   *lse = state.sum == 0 ? -INFINITY : state.top * scaling(a.scale).magnitude + __builtin_log((double)state.sum);
 }

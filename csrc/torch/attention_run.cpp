@@ -1,0 +1,252 @@
+#include "torch/attention_run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "torch/binding.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace mk {
+namespace {
+
+// Up to so many rows that share a KV head, keys are read in place; beyond, packing them pays.
+constexpr int64_t decode_rows = 32;
+// Below so many multiply-adds one thread is done before a second has woken up.
+constexpr double serial_work = 2e5;
+
+class Memory {
+ public:
+  ~Memory() { std::free(data_); }
+  size_t size() const { return size_; }
+
+  char* at_least(size_t bytes) {
+    if (bytes <= size_) return data_;
+    std::free(data_);
+    const size_t alignment = bytes >= 2 * huge_page ? huge_page : 64;
+    size_ = (bytes + alignment - 1) / alignment * alignment;
+    data_ = static_cast<char*>(std::aligned_alloc(alignment, size_));
+    if (!data_) {
+      size_ = 0;
+      throw std::bad_alloc();
+    }
+#if defined(__linux__)
+    if (alignment == huge_page) madvise(data_, size_, MADV_HUGEPAGE);
+#endif
+    return data_;
+  }
+
+ private:
+  static constexpr size_t huge_page = size_t{2} << 20;
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Memory of the call before, if it was not too large: a fresh block costs a page fault every 4 KB.
+constexpr size_t largest_spare = size_t{64} << 20;
+std::atomic<Memory*> spare{nullptr};
+
+std::unique_ptr<Memory> take_spare() {
+  std::unique_ptr<Memory> memory(spare.exchange(nullptr));
+  return memory ? std::move(memory) : std::make_unique<Memory>();
+}
+
+void keep_spare(std::unique_ptr<Memory> memory) {
+  if (memory->size() <= largest_spare) delete spare.exchange(memory.release());
+}
+
+// Runs f(i) for all i < count on one task a thread; each takes the next i.
+template <class F>
+void share_out(int64_t count, double work, const F& f) {
+  std::atomic<int64_t> next{0};
+  const auto take = [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+  };
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (threads <= 1 || work < serial_work)
+    take(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, take);
+}
+
+struct Work {
+  AttentionItem item;
+  int64_t pieces, join,
+      first_partial;  // decoded: how many items share the outputs, the counter of those done, the first
+  double cost;
+};
+
+class Run {
+ public:
+  Run(Attention a, std::vector<AttentionSequence> sequences) : a_(a), sequences_(std::move(sequences)) {
+    a_.sequences = sequences_.data();
+    group_ = a_.heads / a_.kv_heads;
+    dtype_ = static_cast<int>(a_.dtype);
+  }
+
+  void operator()() {
+    plan();
+    if (work_.empty()) return;
+    memory_ = take_spare();
+    const TileSizes tile = tiles_.sizes[dtype_](a_.dim, most_tile_rows_);
+    const DecodeSizes decode = decoder_.sizes[dtype_](a_.dim, most_decode_rows_);
+    reserve(tile, decode);
+    pack();
+    scratch_bytes_ = std::max(tile.scratch_bytes, decode.scratch_bytes);
+    const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[joins_]());
+    share_out(work_.size(), total_, [&](int64_t i) { run(work_[i], done.get()); });
+    keep_spare(std::move(memory_));
+  }
+
+ private:
+  void plan() {
+    const int64_t panel_keys = tiles_.sizes[dtype_](a_.dim, 1).panel_keys;
+    int64_t tile_items = 0;
+    for (const AttentionSequence& s : sequences_)
+      if (!decoded(s)) tile_items += (s.queries + tile_rows - 1) / tile_rows * a_.kv_heads;
+    // Threads without work cost more than keys read from the cache once for each head.
+    const bool few = tile_items < 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+    const int64_t tile_group = few ? 1 : std::min(group_, tile_heads);
+    for (size_t i = 0; i < sequences_.size(); i++) {
+      AttentionSequence& s = sequences_[i];
+      s.first_key = first_visible(a_, s, 0);
+      s.first_panel = a_.panels;
+      if (!s.queries) continue;
+      if (decoded(s)) {
+        plan_decode(i);
+        continue;
+      }
+      for (int64_t p = 0; s.first_key + p * panel_keys < s.keys; p++) panels_.push_back({int64_t(i), p});
+      a_.panels = panels_.size();
+      plan_tiles(i, tile_group);
+    }
+    std::stable_sort(work_.begin(), work_.end(), [](const Work& x, const Work& y) { return x.cost > y.cost; });
+  }
+
+  bool decoded(const AttentionSequence& s) const { return s.queries * group_ <= decode_rows; }
+
+  void add(const AttentionItem& item, int64_t pieces, int64_t first_partial, double rows, double keys) {
+    work_.push_back({item, pieces, joins_, first_partial, rows * keys});
+    total_ += 2 * rows * keys * a_.dim;
+  }
+
+  void plan_tiles(int64_t index, int64_t tile_group) {
+    const AttentionSequence& s = sequences_[index];
+    for (int64_t first = 0; first < s.queries; first += tile_rows)
+      for (int64_t kv_head = 0; kv_head < a_.kv_heads; kv_head++)
+        for (int64_t g = 0; g < group_; g += tile_group) {
+          const int64_t heads = std::min(tile_group, group_ - g), last = std::min(first + tile_rows, s.queries);
+          const int64_t rows = heads * (last - first);
+          most_tile_rows_ = std::max(most_tile_rows_, rows);
+          add({index, kv_head * group_ + g, heads, first, last, 0}, 0, 0, rows,
+              end_visible(a_, s, last - 1) - first_visible(a_, s, first));
+        }
+  }
+
+  // The pieces depend on the sequence alone, so results do not depend on the threads or on the rest of the batch.
+  void plan_decode(int64_t index) {
+    const AttentionSequence& s = sequences_[index];
+    const int64_t begin = s.first_key, keys = s.keys - begin, length = keys > 1024 ? 256 : 128;
+    const int64_t pieces = std::max<int64_t>(1, (keys + length - 1) / length), rows = s.queries * group_;
+    most_decode_rows_ = std::max(most_decode_rows_, rows);
+    for (int64_t head = 0; head < a_.kv_heads; head += decode_heads, joins_++) {
+      const int64_t heads = std::min(decode_heads, a_.kv_heads - head), first_partial = partials_;
+      for (int64_t p = 0; p < pieces; p++, partials_++) {
+        const int64_t first = begin + p * length, last = std::min(first + length, s.keys);
+        add({index, head, heads, first, last, partials_}, pieces, first_partial, heads * rows, last - first);
+      }
+    }
+  }
+
+  void reserve(const TileSizes& tile, const DecodeSizes& decode) {
+    const auto line = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+    a_.partial_bytes = line(decode.partial_bytes);
+    const int64_t panels = a_.kv_heads * a_.panels;
+    const int64_t keys = line(panels * tile.key_panel_bytes), values = line(panels * tile.value_panel_bytes);
+    a_.key_panels = memory_->at_least(keys + values + partials_ * a_.partial_bytes);
+    a_.value_panels = a_.key_panels + keys;
+    a_.partials = a_.value_panels + values;
+  }
+
+  void pack() {
+    const int64_t count = panels_.size();
+    share_out(count * a_.kv_heads, total_, [&](int64_t i) {
+      const auto [sequence, panel] = panels_[i % count];
+      tiles_.pack[dtype_](a_, sequence, i / count, panel);
+    });
+  }
+
+  void run(const Work& work, std::atomic<int64_t>* done) const {
+    static thread_local Memory scratch;
+    char* memory = scratch.at_least(scratch_bytes_);
+    if (!work.pieces) return tiles_.tile[dtype_](a_, work.item, memory);
+    decoder_.run[dtype_](a_, work.item, memory);
+    if (done[work.join].fetch_add(1, std::memory_order_acq_rel) + 1 < work.pieces) return;
+    AttentionItem first = work.item;
+    first.partial = work.first_partial;
+    decoder_.join[dtype_](a_, first, work.pieces);
+  }
+
+  Attention a_;
+  std::vector<AttentionSequence> sequences_;
+  const AttentionKernels& tiles_ = pick(attention_tiers);
+  const DecodeKernels& decoder_ = pick(attention_decode_tiers);
+  int64_t group_, most_tile_rows_ = 1, most_decode_rows_ = 1, joins_ = 0, partials_ = 0, scratch_bytes_ = 0;
+  int dtype_;
+  double total_ = 0;
+  std::vector<Work> work_;
+  struct Panel {
+    int64_t sequence, panel;
+  };
+  std::vector<Panel> panels_;
+  std::unique_ptr<Memory> memory_;
+};
+
+}  // namespace
+
+Tokens::Tokens(const Tensor& t) : data(mk::data(t)), size(size_of(dtype_of(t))) {
+  const int64_t dims = t.dim();
+  batch = dims == 4 ? t.stride(0) : 0;
+  row = t.stride(dims - 3);
+  head = t.stride(dims - 2);
+}
+
+std::vector<int64_t> token_starts(const std::optional<Tensor>& cu, int64_t sequences, int64_t tokens) {
+  std::vector<int64_t> starts(sequences + 1);
+  if (!cu) {
+    for (int64_t i = 0; i <= sequences; i++) starts[i] = std::min(i, tokens);
+    return starts;
+  }
+  const Tensor ends = unit_stride(*cu);
+  const int32_t* values = static_cast<const int32_t*>(ends.const_data_ptr());
+  for (int64_t i = 1; i <= sequences; i++) {
+    const int64_t end = i < ends.numel() ? values[i] : tokens;
+    starts[i] = std::clamp(end, starts[i - 1], tokens);
+  }
+  return starts;
+}
+
+Attention describe_attention(const Tensor& q, const Tensor& k, int64_t window, double scale, bool causal) {
+  Attention a = {};
+  a.dtype = dtype_of(q);
+  a.heads = q.size(-2);
+  a.kv_heads = k.size(-2);
+  a.dim = q.size(-1);
+  const Tokens rows(q);
+  a.q_row = rows.row;
+  a.q_head = rows.head;
+  a.out_row = a.heads * a.dim;
+  a.out_head = a.dim;
+  a.window = window;
+  a.scale = scale;
+  a.causal = causal;
+  return a;
+}
+
+void run_attention(Attention a, std::vector<AttentionSequence> sequences) { Run(a, std::move(sequences))(); }
+
+}  // namespace mk
