@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 
 
-def nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fewest most likely tokens whose probabilities sum to at least `top_p`; always the likeliest.
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keeps the fewest most likely tokens whose probabilities sum to at least `top_p`; always the likeliest.
 
     Args:
         probabilities: `[B, V]`, each row summing to 1.
         top_p: in (0, 1].
 
     Returns:
-        `(kept, ids)`, both `[B, K]`: the probabilities in falling order, 0 outside the nucleus, and their tokens.
+        `[B, V]`: the probabilities, 0 outside the nucleus; not normalised.
     """
     # All tokens below (1 − top_p) / V sum to less than 1 − top_p, so the nucleus needs none of them: sorting the
     # few others is what makes this cheap for a large vocabulary.
@@ -21,11 +21,13 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, to
     count = int((probabilities >= floor).sum(-1).max().clamp(min=1))
     kept, ids = probabilities.topk(count, dim=-1)
     before = kept.cumsum(-1, dtype=torch.float64) - kept
-    return kept.masked_fill(before >= top_p, 0), ids
+    # Back in the order of the vocabulary: drawn from in the order of their probabilities, two tokens that are all
+    # but equal would change places, and the draw with them, with the last bit of a logit.
+    return torch.zeros_like(probabilities).scatter_(-1, ids, kept.masked_fill(before >= top_p, 0))
 
 
 def invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The index at which the running sum of `weights` `[B, K]` first exceeds the share `uniform` `[B]` of its total."""
+    """The index at which the running sum of `weights` `[B, V]` first exceeds the share `uniform` `[B]` of its total."""
     sums = weights.cumsum(-1, dtype=torch.float64)
     index = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1)
     # The product can round up to the total: the last index that has a weight then.
@@ -38,7 +40,8 @@ class Sampler:
 
     Sequence i draws one number a token from a generator seeded with `seed + i`, or with `seed[i]`; which other
     sequences run beside it, and for how long, changes nothing. Sequence i of a batch is therefore had alone with
-    `seed + i`.
+    `seed + i`, but where a draw falls on the very edge of two tokens: the last bits of its logits may depend on the
+    batch.
 
     Args:
         sequences: how many.
@@ -72,10 +75,7 @@ class Sampler:
         probabilities = torch.softmax(logits.float() / self.temperature, dim=-1)
         draws = [torch.rand((), dtype=torch.float64, generator=self.generators[row]) for row in rows]
         uniform = torch.stack(draws).to(logits.device)
-        if self.top_p == 1:
-            return invert(probabilities, uniform)
-        kept, ids = nucleus(probabilities, self.top_p)
-        return ids.gather(-1, invert(kept, uniform)[:, None])[:, 0]
+        return invert(probabilities if self.top_p == 1 else nucleus(probabilities, self.top_p), uniform)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

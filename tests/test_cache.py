@@ -99,8 +99,14 @@ def test_published_memory_of_mistral_7b():
 
 
 def test_slots():
-    assert tiny.model(sliding_window=8).cache(1, 100).slots == 8
-    assert tiny.model(sliding_window=8).cache(1, 5).slots == 5
+    windowed = tiny.model(sliding_window=8)
+    caches = {longest: windowed.cache(1, longest) for longest in (100, 9, 8, 5)}
+    assert {longest: (c.slots, c.window) for longest, c in caches.items()} == {
+        100: (8, 8),
+        9: (8, 8),
+        8: (8, None),
+        5: (5, None),
+    }
     assert tiny.model().cache(1, 100).slots == 100
 
 

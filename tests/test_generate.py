@@ -37,9 +37,34 @@ def test_decoding_equals_teacher_forcing(ops, window, chunk_size):
     assert (made.prefill_tokens, made.decode_tokens) == (26, 76)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_every_implementation_decodes_the_same(impl):
+    if (reason := mistral_kernels.backends()[impl]) is not None:
+        pytest.skip(reason)
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    nets = [tiny.model(mistral_kernels.using(impl=i), n_layers=1, sliding_window=8) for i in (impl, "reference")]
+    runs = [generate(net.to(device), PROMPTS[:2], 6, chunk_size=5, logprobs=True) for net in nets]
+    assert runs[0].tokens == runs[1].tokens
+    for fast, eager in zip(runs[0].logprobs, runs[1].logprobs, strict=True):
+        assert fast == pytest.approx(eager, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "top_p": 0.9, "seed": 5}])
+@pytest.mark.parametrize("window", [8, None])
+def test_a_gpu_generates_what_a_cpu_does(window, how):
+    net = tiny.model(sliding_window=window)
+    cpu = generate(net, PROMPTS, 12, chunk_size=5, logprobs=True, **how)
+    gpu = generate(net.to("cuda"), PROMPTS, 12, chunk_size=5, logprobs=True, **how)
+    assert gpu.tokens == cpu.tokens
+    for fast, eager in zip(gpu.logprobs, cpu.logprobs, strict=True):
+        assert fast == pytest.approx(eager, abs=1e-3)
+
+
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.3, "top_p": 0.8, "seed": 5}])
 def test_a_batch_equals_its_sequences_alone(how):
-    net = tiny.model(sliding_window=8)
+    # In float64, so that no draw can fall between two roundings of the same probability.
+    net = tiny.model(dtype=torch.float64, sliding_window=8)
     together = generate(net, PROMPTS, 12, logprobs=True, **how)
     for i, prompt in enumerate(PROMPTS):
         seed = {"seed": how["seed"] + i} if how else {}
@@ -148,19 +173,18 @@ def test_tiny_top_p_is_argmax():
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.75, 0.9, 0.999])
 def test_nucleus_is_the_smallest_prefix(top_p):
     probabilities = torch.softmax(2 * torch.randn(6, 200, generator=torch.Generator().manual_seed(3)), -1)
-    kept, ids = nucleus(probabilities, top_p)
+    kept = nucleus(probabilities, top_p)
     for row in range(6):
         ordered, order = probabilities[row].double().sort(descending=True)
         size = int((ordered.cumsum(0) < top_p).sum()) + 1
-        assert int((kept[row] > 0).sum()) == size
-        assert set(ids[row, :size].tolist()) == set(order[:size].tolist())
-        assert torch.equal(kept[row, :size], probabilities[row, ids[row, :size]])
+        expected = torch.zeros(200).index_copy_(0, order[:size], probabilities[row, order[:size]])
+        assert torch.equal(kept[row], expected)
 
 
 def test_nucleus_of_equals():
     """A uniform distribution of four: a half takes exactly two, a little more takes three."""
     uniform = torch.full((1, 4), 0.25)
-    assert [int((nucleus(uniform, p)[0] > 0).sum()) for p in (0.25, 0.5, 0.51, 0.75, 0.76)] == [1, 2, 3, 3, 4]
+    assert [int((nucleus(uniform, p) > 0).sum()) for p in (0.25, 0.5, 0.51, 0.75, 0.76)] == [1, 2, 3, 3, 4]
 
 
 def test_inversion_at_its_ends():

@@ -173,6 +173,15 @@ def test_packed_equals_dense(ops, window):
 
 
 @torch.inference_mode()
+def test_packed_positions_start_again_with_each_sequence():
+    """Together longer than the context, which none of the sequences is."""
+    net = tiny.model(max_positions=16)
+    parts = [tiny.tokens(16, seed=i) for i in range(3)]
+    packed = net(torch.cat(parts), cu_seqlens=torch.tensor([0, 16, 32, 48], dtype=torch.int32))
+    assert_close(packed, torch.cat([net(p[None])[0] for p in parts]), 1e-5)
+
+
+@torch.inference_mode()
 def test_last_and_float32():
     net = tiny.model(dtype=torch.bfloat16)
     tokens = tiny.tokens(2, 9)
