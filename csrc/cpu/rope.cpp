@@ -1,0 +1,126 @@
+#include "cpu/rope.h"
+
+#include "cpu/vec.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+template <int... i>
+struct Indices {};
+template <int n, int... i>
+struct CountTo : CountTo<n - 1, n - 1, i...> {};
+template <int... i>
+struct CountTo<0, i...> {
+  using type = Indices<i...>;
+};
+
+#if defined(__clang__)
+#define MK_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
+#else
+template <int size>
+struct Index;
+template <>
+struct Index<4> {
+  using type = vi;
+};
+template <>
+struct Index<8> {
+  typedef int64_t type __attribute__((vector_size(4 * MK_LANES)));
+};
+#define MK_SHUFFLE(a, b, index) __builtin_shuffle(a, b, typename Index<sizeof(a[0])>::type{(index)...})
+#endif
+
+// Even and odd elements of (a, b), and both back in order.
+template <class V, int... i>
+MK_INLINE V evens(V a, V b, Indices<i...>) {
+  return MK_SHUFFLE(a, b, 2 * i);
+}
+template <class V, int... i>
+MK_INLINE V odds(V a, V b, Indices<i...>) {
+  return MK_SHUFFLE(a, b, 2 * i + 1);
+}
+template <class V, int... i>
+MK_INLINE V zip_low(V a, V b, Indices<i...>) {
+  return MK_SHUFFLE(a, b, i / 2 + i % 2 * int(sizeof...(i)));
+}
+template <class V, int... i>
+MK_INLINE V zip_high(V a, V b, Indices<i...>) {
+  return MK_SHUFFLE(a, b, i / 2 + int(sizeof...(i)) / 2 + i % 2 * int(sizeof...(i)));
+}
+
+template <bool kInverse, class V>
+MK_INLINE void turn(V& a, V& b, V c, V s) {
+  if constexpr (kInverse) s = -s;
+  const V first = a * c - b * s;
+  b = b * c + a * s;
+  a = first;
+}
+
+template <class T, bool kInverse, class S>
+MK_INLINE void half_split(const T* x, T* out, int64_t half, const S* cos, const S* sin) {
+  constexpr int w = Format<T>::width;
+  int64_t j = 0;
+  for (; j + w <= half; j += w) {
+    vec_of<T> a = load(x + j), b = load(x + half + j);
+    turn<kInverse>(a, b, load(cos + j), load(sin + j));
+    store(out + j, a);
+    store(out + half + j, b);
+  }
+  if (const int64_t left = half - j; left) {
+    vec_of<T> a = load_n(x + j, left), b = load_n(x + half + j, left);
+    turn<kInverse>(a, b, load_n(cos + j, left), load_n(sin + j, left));
+    store_n(out + j, a, left);
+    store_n(out + half + j, b, left);
+  }
+}
+
+template <class T, bool kInverse, class S>
+MK_INLINE void adjacent(const T* x, T* out, int64_t half, const S* cos, const S* sin) {
+  constexpr int w = Format<T>::width;
+  using V = vec_of<T>;
+  constexpr typename CountTo<w>::type order;
+  const auto turn_pairs = [&](V& low, V& high, V c, V s) {
+    V a = evens(low, high, order), b = odds(low, high, order);
+    turn<kInverse>(a, b, c, s);
+    low = zip_low(a, b, order);
+    high = zip_high(a, b, order);
+  };
+  int64_t j = 0;
+  for (; j + w <= half; j += w) {
+    V low = load(x + 2 * j), high = load(x + 2 * j + w);
+    turn_pairs(low, high, load(cos + j), load(sin + j));
+    store(out + 2 * j, low);
+    store(out + 2 * j + w, high);
+  }
+  if (const int64_t left = half - j; left) {
+    const int64_t first = 2 * left < w ? 2 * left : w, second = 2 * left - first;
+    V low = load_n(x + 2 * j, first), high = load_n(x + 2 * j + first, second);
+    turn_pairs(low, high, load_n(cos + j, left), load_n(sin + j, left));
+    store_n(out + 2 * j, low, first);
+    store_n(out + 2 * j + first, high, second);
+  }
+}
+
+template <class T, bool kAdjacent, bool kInverse>
+void rotate(const void* x, int64_t head_stride, void* out, int64_t heads, int64_t dim, const void* cos,
+            const void* sin) {
+  using S = decltype(sum(vec_of<T>{}));
+  for (int64_t h = 0; h < heads; h++) {
+    const T* from = static_cast<const T*>(x) + h * head_stride;
+    T* to = static_cast<T*>(out) + h * dim;
+    if constexpr (kAdjacent)
+      adjacent<T, kInverse>(from, to, dim / 2, static_cast<const S*>(cos), static_cast<const S*>(sin));
+    else
+      half_split<T, kInverse>(from, to, dim / 2, static_cast<const S*>(cos), static_cast<const S*>(sin));
+  }
+}
+
+}  // namespace
+
+#define MK_ROTATE(T)                                                                                     \
+  {                                                                                                      \
+    {rotate<T, false, false>, rotate<T, false, true>}, { rotate<T, true, false>, rotate<T, true, true> } \
+  }
+const RopeKernels rope = {{MK_ROTATE(float), MK_ROTATE(bf16), MK_ROTATE(f16), MK_ROTATE(double)}};
+
+}  // namespace mk::MK_ISA

@@ -1,0 +1,159 @@
+// mistral_kernels::write_kv and rope_write_kv on a CPU; attention_cached is in attention.cpp.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "torch/rope.h"
+
+namespace mk {
+namespace {
+
+using Maybe = std::optional<Tensor>;
+
+// Where each token goes: the slot of its sequence, or -1 where it is idle, or older than the ring holds.
+struct Target {
+  int64_t sequence = -1, slot = -1;
+};
+
+// Of the tokens [begin, end) of one sequence, the last `slots` positions; the others stay as they are.
+void aim(std::vector<Target>& targets, const Positions& positions, int64_t sequence, int64_t begin, int64_t end,
+         int64_t slots) {
+  int64_t last = -1;
+  for (int64_t i = begin; i < end; i++) last = std::max(last, positions[i]);
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t p = positions[i];
+    if (p >= 0 && p > last - slots) targets[i] = {sequence, p % slots};
+  }
+}
+
+// Dense [B, S] positions; or packed ones with `cu`, or one token a sequence.
+std::vector<Target> targets_of(const Positions& positions, int64_t tokens, const Tensor& cache, bool packed,
+                               const Maybe& cu) {
+  const int64_t batch = cache.size(0), slots = cache.size(1);
+  std::vector<Target> targets(tokens);
+  if (cu) {
+    const Tensor ends = torch::stable::contiguous(*cu);
+    const int32_t* at = static_cast<const int32_t*>(ends.const_data_ptr());
+    STD_TORCH_CHECK(ends.numel() == batch + 1, "cu_seqlens must be [", batch + 1, "]");
+    for (int64_t b = 0; b < batch; b++) {
+      STD_TORCH_CHECK(0 <= at[b] && at[b] <= at[b + 1] && at[b + 1] <= tokens, "cu_seqlens runs from ", at[b], " to ",
+                      at[b + 1], " among ", tokens, " tokens");
+      aim(targets, positions, b, at[b], at[b + 1], slots);
+    }
+    return targets;
+  }
+  const int64_t length = packed ? 1 : batch ? tokens / batch : 0;
+  STD_TORCH_CHECK(length * batch == tokens, "there are ", tokens, " tokens for ", batch, " sequences");
+  for (int64_t b = 0; b < batch; b++) aim(targets, positions, b, b * length, (b + 1) * length, slots);
+  return targets;
+}
+
+// A cache that tokens are copied into, in place; one whose last dimension is not contiguous through a copy.
+class Ring {
+ public:
+  explicit Ring(const Tensor& cache) : cache_(cache), inside_(unit_stride(cache)) {
+    STD_TORCH_CHECK(cache.dim() == 4, "a cache must be [B, slots, Hkv, D]");
+    const int64_t size = size_of(dtype_of(cache));
+    sequence_ = cache_row(0, size), slot_ = cache_row(1, size), head_ = cache_row(2, size);
+    heads_ = cache.size(2), head_bytes_ = cache.size(3) * size;
+    to_ = mutable_data(inside_);
+  }
+
+  // `head_stride` in bytes.
+  void put(const Target& target, const char* from, int64_t head_stride) const {
+    char* to = to_ + target.sequence * sequence_ + target.slot * slot_;
+    if (head_stride == head_bytes_ && head_ == head_bytes_) {
+      std::memcpy(to, from, heads_ * head_bytes_);
+      return;
+    }
+    for (int64_t h = 0; h < heads_; h++) std::memcpy(to + h * head_, from + h * head_stride, head_bytes_);
+  }
+
+  void finish() {
+    if (inside_.get() != cache_.get()) torch::stable::copy_(cache_, inside_);
+  }
+
+ private:
+  int64_t cache_row(int64_t d, int64_t size) const { return inside_.stride(d) * size; }
+
+  Tensor cache_, inside_;
+  char* to_;
+  int64_t sequence_, slot_, head_, heads_, head_bytes_;
+};
+
+void check(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, int64_t tokens,
+           const Tensor& positions) {
+  const Dtype dtype = dtype_of(k);
+  STD_TORCH_CHECK(dtype_of(v) == dtype && dtype_of(k_cache) == dtype && dtype_of(v_cache) == dtype,
+                  "k, v and the caches must be of one dtype");
+  STD_TORCH_CHECK(k.dim() == v.dim() && k.numel() == v.numel() && k.size(-2) == k_cache.size(2) &&
+                      k.size(-1) == k_cache.size(3) && v_cache.numel() == k_cache.numel(),
+                  "k, v and the caches must have the same heads");
+  STD_TORCH_CHECK(positions.numel() == tokens, "positions must hold one a token");
+}
+
+void write_kv(const Tensor& k_in, const Tensor& v_in, const Tensor& k_cache, const Tensor& v_cache,
+              const Tensor& positions_in, Maybe cu) {
+  const Tensor k = unit_stride(k_in), v = unit_stride(v_in), flat = torch::stable::contiguous(positions_in);
+  const Rows<2> rows({&k, &v}, 2);
+  check(k, v, k_cache, v_cache, rows.count(), flat);
+  if (!rows.count() || !k_cache.numel()) return;
+  const auto targets = targets_of(Positions(flat), rows.count(), k_cache, k.dim() == 3, cu);
+  Ring keys(k_cache), values(v_cache);
+  const char *k_from = data(k), *v_from = data(v);
+  const int64_t size = size_of(dtype_of(k)), k_head = k.stride(-2) * size, v_head = v.stride(-2) * size;
+  in_parallel(rows.count(), grain_rows(k.size(-2) * k.size(-1)), [&](int64_t begin, int64_t end) {
+    rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
+      for (int64_t i = 0; i < count; i++) {
+        const Target& target = targets[first + i];
+        if (target.slot < 0) continue;
+        keys.put(target, k_from + (at[0] + i * rows.stride(0)) * size, k_head);
+        values.put(target, v_from + (at[1] + i * rows.stride(1)) * size, v_head);
+      }
+    });
+  });
+  keys.finish();
+  values.finish();
+}
+
+std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                         const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions_in,
+                                         const Tensor& cos, const Tensor& sin, Maybe cu, bool adjacent) {
+  const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
+  const Tensor flat = torch::stable::contiguous(positions_in);
+  const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, false);
+  const Rows<3> rows({&q, &k, &v}, 2);
+  check(k, v, k_cache, v_cache, rows.count(), flat);
+  const Positions positions(flat);
+  for (int64_t i = 0; i < rows.count(); i++) rotation.check(std::max<int64_t>(positions[i], 0));
+  const auto targets = targets_of(positions, rows.count(), k_cache, k.dim() == 3, cu);
+  Ring keys(k_cache), values(v_cache);
+  const char* v_from = data(v);
+  const int64_t size = size_of(dtype_of(k)), k_head = k.size(-1) * size, v_head = v.stride(-2) * size;
+  in_parallel(rows.count(), rotation.grain(), [&](int64_t begin, int64_t end) {
+    rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t token = first + i;
+        if (positions[token] < 0) {
+          rotation.clear(token);
+          continue;
+        }
+        rotation.rotate(token, positions[token], at[0] + i * rows.stride(0), at[1] + i * rows.stride(1));
+        if (targets[token].slot < 0) continue;
+        keys.put(targets[token], rotation.rotated_k(token), k_head);
+        values.put(targets[token], v_from + (at[2] + i * rows.stride(2)) * size, v_head);
+      }
+    });
+  });
+  keys.finish();
+  values.finish();
+  return {rotation.q_out, rotation.k_out};
+}
+
+}  // namespace
+}  // namespace mk
+
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
+  m.impl("write_kv", TORCH_BOX(&mk::write_kv));
+  m.impl("rope_write_kv", TORCH_BOX(&mk::rope_write_kv));
+}

@@ -1,0 +1,78 @@
+// mistral_kernels::rope on a CPU.
+#include "torch/rope.h"
+
+#include <cstring>
+
+namespace mk {
+
+Rotation::Rotation(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool adjacent, bool inverse)
+    : q_out(empty(q.sizes(), dtype_of(q))), k_out(empty(k.sizes(), dtype_of(q))) {
+  const Dtype dtype = dtype_of(q);
+  STD_TORCH_CHECK(dtype_of(k) == dtype, "q and k must be of one dtype");
+  STD_TORCH_CHECK(dtype_of(cos) == wide(dtype) && dtype_of(sin) == wide(dtype),
+                  "cos and sin must be float32, or float64 with a float64 q");
+  size_ = size_of(dtype);
+  dim_ = q.size(-1);
+  STD_TORCH_CHECK(cos.size(1) == dim_ / 2 && sin.size(1) == dim_ / 2 && sin.size(0) == cos.size(0),
+                  "cos and sin must be [P, ", dim_ / 2, "]");
+  kernel_ = pick(rope_tiers).rotate[static_cast<int>(dtype)][adjacent][inverse];
+  q_heads_ = q.size(-2), k_heads_ = k.size(-2);
+  q_stride_ = q.stride(-2), k_stride_ = k.stride(-2);
+  q_row_ = q_heads_ * dim_ * size_, k_row_ = k_heads_ * dim_ * size_;
+  q_from_ = data(q), k_from_ = data(k), cos_ = data(cos), sin_ = data(sin);
+  q_to_ = mutable_data(q_out), k_to_ = mutable_data(k_out);
+  table_rows_ = cos.size(0);
+  cos_row_ = cos.stride(0) * size_of(wide(dtype)), sin_row_ = sin.stride(0) * size_of(wide(dtype));
+}
+
+void Rotation::check(int64_t position) const {
+  STD_TORCH_CHECK(position >= 0 && position < table_rows_, "positions holds ", position,
+                  ", but the cos/sin tables hold the positions 0 to ", table_rows_ - 1);
+}
+
+void Rotation::rotate(int64_t token, int64_t position, int64_t q_at, int64_t k_at) const {
+  const char *cos = cos_ + position * cos_row_, *sin = sin_ + position * sin_row_;
+  kernel_(q_from_ + q_at * size_, q_stride_, q_to_ + token * q_row_, q_heads_, dim_, cos, sin);
+  kernel_(k_from_ + k_at * size_, k_stride_, k_to_ + token * k_row_, k_heads_, dim_, cos, sin);
+}
+
+void Rotation::clear(int64_t token) const {
+  std::memset(q_to_ + token * q_row_, 0, q_row_);
+  std::memset(k_to_ + token * k_row_, 0, k_row_);
+}
+
+namespace {
+
+template <class Position>
+void rotate_all(const Rotation& rotation, const Rows<2>& rows, const Position& position) {
+  for (int64_t token = 0; token < rows.count(); token++) rotation.check(position(token));
+  in_parallel(rows.count(), rotation.grain(), [&](int64_t begin, int64_t end) {
+    rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
+      for (int64_t i = 0; i < count; i++)
+        rotation.rotate(first + i, position(first + i), at[0] + i * rows.stride(0), at[1] + i * rows.stride(1));
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> rope(const Tensor& q_in, const Tensor& k_in, const Tensor& cos, const Tensor& sin,
+                                std::optional<Tensor> positions, bool adjacent, bool inverse) {
+  const Tensor q = unit_stride(q_in), k = unit_stride(k_in);
+  const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, inverse);
+  const Rows<2> rows({&q, &k}, 2);
+  if (!rows.count()) return {rotation.q_out, rotation.k_out};
+  if (positions) {
+    const Tensor flat = torch::stable::contiguous(*positions);
+    const Positions at(flat);
+    STD_TORCH_CHECK(flat.numel() == rows.count(), "positions must hold one a token");
+    rotate_all(rotation, rows, [&](int64_t token) { return at[token]; });
+  } else {
+    const int64_t length = q.size(-3);
+    rotate_all(rotation, rows, [&](int64_t token) { return token % length; });
+  }
+  return {rotation.q_out, rotation.k_out};
+}
+
+}  // namespace
+}  // namespace mk
+
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { m.impl("rope", TORCH_BOX(&mk::rope)); }
