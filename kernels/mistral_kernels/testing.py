@@ -19,6 +19,9 @@ import torch
 
 import mistral_kernels
 
+from ._isa import isa as isa
+from ._isa import isa_tiers as isa_tiers
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("gaussian", "ramp", "one_hot", "large")
 MUTATED = ("k_cache", "v_cache")
