@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -68,33 +67,35 @@ def accumulate(acc, p, v, decay):
 
 
 @triton.jit
-def softmax_step(scores, top, m, den, scale2, MASKED: tl.constexpr):
-    """One step of the online softmax in base 2: probabilities, decay of what was summed before, and the new state.
+def softmax_step(scores, m, den, scale2, MASKED: tl.constexpr):
+    """One step of the online softmax in base 2: probabilities, decay of what was summed before, new maximum, new sum.
 
-    The state is the largest score, the same scaled and rounded (what the exponents are relative to), and the sum.
     MASKED says that a row may have seen no key yet; its maximum −inf must not meet itself in a difference.
     """
-    top = tl.maximum(top, tl.max(scores, 1))
-    new_m = top * scale2
+    new_m = tl.maximum(m, tl.max(scores, 1) * scale2)
     if MASKED:
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
     else:
         base = new_m
     p = tl.math.exp2(scores * scale2 - base[:, None])
     decay = tl.math.exp2(m - base)
-    return p, decay, top, new_m, den * decay + tl.sum(p, 1)
+    return p, decay, new_m, den * decay + tl.sum(p, 1)
 
 
 @triton.jit
-def log_sum(top, m, den, scale, scale2):
+def normalise(acc, den):
+    """acc / den by one exactly rounded reciprocal a row; 0 where no key was seen."""
+    return acc * tl.div_rn(1.0, tl.where(den == 0.0, 1.0, den))[:, None]
+
+
+@triton.jit
+def log_sum(m, den, scale, scale2):
     """The natural logarithm of the softmax's denominator; −inf where no key was seen.
 
-    It starts from the unscaled maximum and adds what rounding m took away, so that it is as exact as eager's.
+    scale / scale2 is ln 2 but for the rounding of scale2, which it undoes; the default division is not exact enough.
     """
-    dead = den == 0.0
-    top = tl.where(dead, 0.0, top)
-    rounded = tl.fma(top, -scale2, tl.where(dead, 0.0, m))
-    return tl.where(dead, float("-inf"), top * scale + (rounded * LN2 + tl.log(tl.where(dead, 1.0, den))))
+    back = tl.div_rn(scale, scale2)
+    return tl.where(den == 0.0, float("-inf"), m * back + tl.log(tl.where(den == 0.0, 1.0, den)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,10 @@ from ..attention.triton_blocks import (
     LOG2E,
     Config,
     accumulate,
+    family,
     launch,
     load_rows,
+    normalise,
     padded,
     positive_scale,
     product,
@@ -24,19 +26,16 @@ from ..attention.triton_blocks import (
     softmax_step,
 )
 
-# Programs that fill a GPU: three for each of the 132 multiprocessors of an H100. Fixed, so that results do not depend
-# on the device.
-PROGRAMS = 396
-MAX_SPLITS = 128
-
 
 @triton.jit
 def _block(
-    acc, top, m, den, q, K, V, keys, row, hi, positions, scale2, s_kn, s_vn, W,
-    D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
+    acc, m, den, q, K, V, keys, row, slots, hi, positions, scale2, s_kn, s_vn, W,
+    D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, of which each position lies in its own row of K and V."""
+    """One block of keys, by position and row; a ring goes on in row 0 after its last slot."""
     columns = tl.arange(0, DP)
+    if RING:
+        row = tl.where(row >= slots, row - slots, row)
     row = tl.cast(row, tl.int64)
     k = load_rows(K + (row * s_kn)[:, None] + columns[None, :], keys < hi, columns, D, DP, not MASKED)
     v = load_rows(V + (row * s_vn)[:, None] + columns[None, :], keys < hi, columns, D, DP, not MASKED)
@@ -47,17 +46,17 @@ def _block(
         if WINDOW:
             seen = seen & (distance < W)
         scores = tl.where(seen, scores, float("-inf"))
-    p, decay, top, m, den = softmax_step(scores, top, m, den, scale2, MASKED)
-    return accumulate(acc, p, v, decay), top, m, den
+    p, decay, m, den = softmax_step(scores, m, den, scale2, MASKED)
+    return accumulate(acc, p, v, decay), m, den
 
 
 @triton.jit
 def _segment(
-    acc, top, m, den, q, K, V, lo, hi, row0, slots, earliest, latest, positions, scale2, s_kn, s_vn, W,
+    acc, m, den, q, K, V, lo, hi, row0, slots, earliest, latest, positions, scale2, s_kn, s_vn, W,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, RING: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """The keys at positions lo..hi, lo in row0 of K and V; a ring goes on in row 0 after its last.
+    """The keys at positions lo..hi, of which lo lies in row0 of K and V.
 
     With FULL, the blocks that all queries see whole, in the middle, are not masked: worth its code where many queries
     make the arithmetic count.
@@ -71,46 +70,22 @@ def _segment(
         full_hi = full_lo + tl.maximum(tl.minimum(hi, earliest + 1) - full_lo, 0) // BN * BN
     cells = tl.arange(0, BN)
     for start in tl.range(lo, full_lo, BN, num_stages=STAGES):
-        row = row0 + (start - lo) + cells
-        if RING:
-            row = tl.where(row >= slots, row - slots, row)
-        acc, top, m, den = _block(
-            acc, top, m, den, q, K, V, start + cells, row, hi, positions, scale2, s_kn, s_vn, W, D, DP, True, WINDOW
-        )
+        acc, m, den = _block(
+            acc, m, den, q, K, V, start + cells, row0 + (start - lo) + cells, slots, hi, positions, scale2, s_kn, s_vn,
+            W, D, DP, True, WINDOW, RING,
+        )  # fmt: skip
     if FULL:
         for start in tl.range(full_lo, full_hi, BN, num_stages=STAGES):
-            row = row0 + (start - lo) + cells
-            if RING:
-                row = tl.where(row >= slots, row - slots, row)
-            acc, top, m, den = _block(
-                acc,
-                top,
-                m,
-                den,
-                q,
-                K,
-                V,
-                start + cells,
-                row,
-                hi,
-                positions,
-                scale2,
-                s_kn,
-                s_vn,
-                W,
-                D,
-                DP,
-                False,
-                WINDOW,
-            )
+            acc, m, den = _block(
+                acc, m, den, q, K, V, start + cells, row0 + (start - lo) + cells, slots, hi, positions, scale2, s_kn,
+                s_vn, W, D, DP, False, WINDOW, RING,
+            )  # fmt: skip
         for start in tl.range(full_hi, hi, BN, num_stages=STAGES):
-            row = row0 + (start - lo) + cells
-            if RING:
-                row = tl.where(row >= slots, row - slots, row)
-            acc, top, m, den = _block(
-                acc, top, m, den, q, K, V, start + cells, row, hi, positions, scale2, s_kn, s_vn, W, D, DP, True, WINDOW
-            )
-    return acc, top, m, den
+            acc, m, den = _block(
+                acc, m, den, q, K, V, start + cells, row0 + (start - lo) + cells, slots, hi, positions, scale2, s_kn,
+                s_vn, W, D, DP, True, WINDOW, RING,
+            )  # fmt: skip
+    return acc, m, den
 
 
 @triton.jit(do_not_specialize=["S", "W", "T", "tiles", "splits", "span"])
@@ -156,8 +131,7 @@ def attention_ring(
     scale2 = tl.cast(scale, tl.float32) * LOG2E
     acc = tl.zeros([BM, DP], tl.float32)
     den = tl.zeros([BM], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    m = top
+    m = tl.full([BM], float("-inf"), tl.float32)
 
     oldest = tl.maximum(n - slots, 0)
     if WINDOW:
@@ -166,8 +140,8 @@ def attention_ring(
     hi = tl.minimum(tl.minimum(lo + span, n), latest + 1)
     Kc += b * s_kb + kv_head * s_kh
     Vc += b * s_vb + kv_head * s_vh
-    acc, top, m, den = _segment(
-        acc, top, m, den, q, Kc, Vc, lo, hi, lo % slots, slots, earliest, latest, positions, scale2, s_kn, s_vn, W,
+    acc, m, den = _segment(
+        acc, m, den, q, Kc, Vc, lo, hi, lo % slots, slots, earliest, latest, positions, scale2, s_kn, s_vn, W,
         D, DP, BN, STAGES, WINDOW, True, not SPLIT,
     )  # fmt: skip
     if CHUNK:
@@ -183,8 +157,8 @@ def attention_ring(
             Vn += b * s_yb
         Kn += kv_head * s_xh
         Vn += kv_head * s_yh
-        acc, top, m, den = _segment(
-            acc, top, m, den, q, Kn, Vn, lo, hi, lo - n, 0, earliest, latest, positions, scale2, s_xn, s_yn, W,
+        acc, m, den = _segment(
+            acc, m, den, q, Kn, Vn, lo, hi, lo - n, 0, earliest, latest, positions, scale2, s_xn, s_yn, W,
             D, DP, BN, STAGES, WINDOW, False, not SPLIT,
         )  # fmt: skip
 
@@ -195,7 +169,7 @@ def attention_ring(
         tl.store(PartL + target, den, mask=live)
         tl.store(PartO + target[:, None] * DP + columns[None, :], acc, mask=(live & (den > 0.0))[:, None])
     else:
-        out = (acc / tl.where(den == 0.0, 1.0, den)[:, None]).to(Out.dtype.element_ty)
+        out = normalise(acc, den).to(Out.dtype.element_ty)
         tl.store(Out + target[:, None] * D + columns[None, :], out, mask=live[:, None] & (columns < D)[None, :])
 
 
@@ -219,7 +193,7 @@ def combine(
         weight = tl.math.exp2(tl.load(PartM + i, mask=part < splits, other=float("-inf")) - top)
         tile = tl.load(PartO + i[:, None] * DP + columns[None, :], mask=(weight > 0.0)[:, None], other=0.0)
         out += tl.sum(tile * weight[:, None], 0)
-    out = (out / tl.where(total == 0.0, 1.0, total)).to(Out.dtype.element_ty)
+    out = (out * tl.div_rn(1.0, tl.where(total == 0.0, 1.0, total))).to(Out.dtype.element_ty)
     tl.store(Out + row * D + columns, out, mask=columns < D)
 
 
@@ -233,23 +207,38 @@ class Plan:
     span: int
 
 
-def production_config(dim: int, itemsize: int, rows: int) -> Config:
-    """rows: queries × heads of a group. Nothing here was timed on a GPU; spills and shared memory were read off the
-    machine code for sm_80, sm_90 and sm_100."""
+# Programs wanted for a decoding step, by padded D: one for each multiprocessor of an H100, two where the keys are short
+# (a program then holds half the bytes in flight). More gained nothing there: 4096 keys, 8 KV heads, bf16, D=128, batch
+# 1, 4, 16: 13.9, 30.6, 92.5 us with 132 programs and 15.6, 32.0, 98.9 with 396. Fixed numbers, so that results do not
+# depend on the device.
+PROGRAMS = {16: 264, 32: 264, 64: 264, 128: 132, 256: 132}
+MAX_SPLITS = 128
+
+
+def production_config(device_family: int, dim: int, itemsize: int, rows: int) -> Config:
+    """By rows: queries × heads of a group.
+
+    H100, bf16, 32 heads over 8: 3 stages of 64 keys beat 2 by 15% in decoding up to batch 16 (D=128) and by 2 to 15% in
+    chunks; D=256 is level between 64 keys with 3 stages and 32 with 4, which need less shared memory. sm_86, sm_89 and
+    sm_120 have 99 KB of it; they, sm_80 and sm_100 were compiled and not timed. float32 was only kept free of spills.
+    """
+    small = device_family == 86
     if itemsize == 4:
         return Config(16, 32, 8 if padded(dim) > 64 else 4, 1)
     if padded(dim) == 256:
-        return Config(16, 32, 4, 2) if rows <= 16 else Config(64, 32, 8, 2)
+        return Config(16, 32, 4, 2 if small else 4) if rows <= 16 else Config(64, 32, 8, 2)
     if rows <= 16:
         return Config(16, 64, 4, 3)
-    return Config(32 if rows <= 32 else 64, 64, 4, 2)
+    return Config(32 if rows <= 32 else 64, 64, 4, 2 if small else 3)
 
 
-def plan(config: Config, batch: int, kv_heads: int, rows: int, queries: int, slots: int, window: int) -> Plan:
+def plan(
+    config: Config, batch: int, kv_heads: int, group: int, dim: int, queries: int, slots: int, window: int
+) -> Plan:
     """Splits by shape alone, never by how full the rings are: no wait for the device, and one order of adding."""
-    tiles = triton.cdiv(rows, config.rows)
+    tiles = triton.cdiv(queries * group, config.rows)
     visible = min(slots, window + min(queries, config.rows) - 1) if window else slots
-    wanted = min(MAX_SPLITS, max(1, PROGRAMS // (batch * kv_heads * tiles)))
+    wanted = min(MAX_SPLITS, max(1, PROGRAMS[padded(dim)] // (batch * kv_heads * tiles)))
     span = triton.cdiv(triton.cdiv(visible, wanted), config.keys) * config.keys
     return Plan(config, tiles, triton.cdiv(visible, span), span)
 
@@ -274,8 +263,8 @@ def attention_cached(
     batch, slots, kv_heads = k_cache.shape[:3]
     rows, group = q.numel() // dim, heads // kv_heads
     if cut is None:
-        config = production_config(dim, q.element_size(), max_q * group)
-        cut = plan(config, batch, kv_heads, max_q * group, max_q, slots, window)
+        config = production_config(family(q.device), dim, q.element_size(), max_q * group)
+        cut = plan(config, batch, kv_heads, group, dim, max_q, slots, window)
     q, scale = positive_scale(readable(q), scale)
     new = (k_new, v_new) if k_new is not None and v_new is not None else ()
     tensors = [readable(t) for t in (q, k_cache, v_cache, *new)]
