@@ -21,6 +21,16 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **const
         kernel[(programs,)](*args, enable_fp_fusion=True, **constants)
 
 
+# triton.cdiv and triton.next_power_of_2 cost microseconds a call on the host.
+def blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def alignment(*strides: int) -> int:
     """The power of two, at most ALIGNMENT, that divides every stride: what a kernel may promise the compiler."""
     return math.gcd(ALIGNMENT, *strides)
@@ -42,6 +52,9 @@ class Rows(NamedTuple):
 
 def rows(*tensors: torch.Tensor) -> Rows:
     """Copies only tensors whose last stride is not 1, and those with more than three dimensions that do not merge."""
+    n = tensors[0].shape[-1]
+    if all(t.is_contiguous() for t in tensors):
+        return Rows(list(tensors), tensors[0].numel() // n, 1, (1, 1), [(0, 0, n)] * len(tensors))
     unit = [unit_stride(t) for t in tensors]
     merged = _merge(unit)
     if len(merged) > 3:
@@ -89,8 +102,8 @@ WIDTH_PER_TILE = 2048
 
 def head_tile(heads: int, width: int) -> tuple[int, int, int]:
     """Heads of a tile and their width (pairs, or elements), both powers of two, and the warps for it."""
-    block = triton.next_power_of_2(width)
-    tile = min(HEADS_PER_TILE, triton.next_power_of_2(heads), max(1, WIDTH_PER_TILE // block))
+    block = power_of_2(width)
+    tile = min(HEADS_PER_TILE, power_of_2(heads), max(1, WIDTH_PER_TILE // block))
     return tile, block, min(32, max(1, tile * block // WIDTH_PER_WARP))
 
 

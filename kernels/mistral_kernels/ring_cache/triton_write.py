@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 
 from .._checks import unit_stride
-from .._triton import alignment, head_offset, head_tile, launch, load_angles, rotate_heads, store_pairs
+from .._triton import (
+    alignment,
+    blocks,
+    head_offset,
+    head_tile,
+    launch,
+    load_angles,
+    power_of_2,
+    rotate_heads,
+    store_pairs,
+)
 
 # Ends of sequences that are compared with a token at once: one load, instead of the chain of a binary search.
 ENDS = 1024
@@ -209,7 +219,7 @@ def _tokens(positions: torch.Tensor, cu: torch.Tensor | None, *tensors: torch.Te
 
 
 def _cu_block(batch: int) -> int:
-    return min(ENDS, triton.next_power_of_2(max(batch, 1)))
+    return min(ENDS, power_of_2(max(batch, 1)))
 
 
 def _in_place(write: Callable[..., None], *caches: torch.Tensor) -> None:
@@ -240,7 +250,7 @@ def write_kv(
         strides = [s for some in (*t.strides, k_cache.stride()[:3], v_cache.stride()[:3]) for s in some]
         launch(
             _write_kernel,
-            t.count * triton.cdiv(heads, tile),
+            t.count * blocks(heads, tile),
             k.device,
             k,
             v,
@@ -290,7 +300,7 @@ def rope_write_kv(
         strides = [s for some in (*t.strides, k_cache.stride()[:3], v_cache.stride()[:3]) for s in some]
         launch(
             _rope_write_kernel,
-            t.count * (triton.cdiv(q_heads, tile) + triton.cdiv(heads, tile)),
+            t.count * (blocks(q_heads, tile) + blocks(heads, tile)),
             q.device,
             q,
             k,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import alignment, launch, row_offset, rows
+from .._triton import alignment, blocks, launch, power_of_2, row_offset, rows
 
 # 16 elements a thread: 32 to 40 registers on sm_80, 90 and 100 (read from SASS), so that 48 to 64 warps stay resident,
 # each with two or more 16-byte loads of a tensor in flight. Not timed on a GPU.
@@ -15,7 +15,7 @@ SHORT_TILE = 2048
 # 16384 elements are 32 warps, all that a program can have; more elements a thread would spill or leave 16 warps an SM.
 LONGEST_IN_REGISTERS = 16384
 # Longer rows are read twice, in blocks; the second time from the L2 cache where the rows in flight fit in it.
-LOOP_BLOCK = 8192
+LOOP_BLOCK = 16384
 
 
 @triton.jit
@@ -26,6 +26,15 @@ def _load_total(X, RESIDUAL, x_at, residual_at, mask):
         x += tl.load(RESIDUAL + residual_at, mask=mask, other=0.0).to(tl.float32)
         x = x.to(X.dtype.element_ty).to(tl.float32)
     return x
+
+
+@triton.jit
+def _rstd(squares, eps, N: tl.constexpr):
+    """1 / sqrt(mean + eps). One Newton step: the GPU's rsqrt is up to two units off, and so would be the whole row."""
+    mean = squares * (1.0 / N) + tl.cast(eps, tl.float32)
+    rstd = tl.rsqrt(mean)
+    refined = rstd + 0.5 * rstd * (1.0 - mean * rstd * rstd)
+    return tl.where(refined == refined, refined, rstd)  # 0 and infinity have no Newton step
 
 
 @triton.jit
@@ -73,7 +82,7 @@ def _norm_kernel(
     x = _load_total(X, RESIDUAL, x_at, residual_at, mask)
     if TOTAL is not None:
         tl.store(TOTAL + y_at, x.to(TOTAL.dtype.element_ty), mask=mask)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / N + tl.cast(eps, tl.float32))
+    rstd = _rstd(tl.sum(x * x, axis=1), eps, N)
     tl.store(RSTD + row, rstd, mask=row < count)
     _store_normed(X, W, Y, x, rstd[:, None], y_at, column, mask, column_mask, MODEL_ROUNDING)
 
@@ -114,7 +123,7 @@ def _long_norm_kernel(
         if TOTAL is not None:
             tl.store(TOTAL + row * N + column, x.to(TOTAL.dtype.element_ty), mask=column < N)
         squares += x * x
-    rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + tl.cast(eps, tl.float32))
+    rstd = _rstd(tl.sum(squares, axis=0), eps, N)
     tl.store(RSTD + row, rstd)
     for first in tl.range(0, N, BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -140,14 +149,14 @@ def _run(
         return y, total, rstd.fill_(float("nan"))  # the mean of nothing
     r = rows(x) if residual is None else rows(x, residual)
     strides = [s for tensor in r.strides for s in tensor] + [0] * (3 if residual is None else 0)
-    kernel, share, block = _norm_kernel, 1, triton.next_power_of_2(n)
+    kernel, share, block = _norm_kernel, 1, power_of_2(n)
     if block > LONGEST_IN_REGISTERS:
         kernel, block = _long_norm_kernel, LOOP_BLOCK
     elif block < SHORT_TILE:
         share = SHORT_TILE // block
     launch(
         kernel,
-        triton.cdiv(r.count, share),
+        blocks(r.count, share),
         x.device,
         r.tensors[0],
         None if residual is None else r.tensors[1],

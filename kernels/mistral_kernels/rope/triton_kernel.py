@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .._checks import unit_stride
-from .._triton import alignment, head_tile, launch, load_angles, rotate_heads, store_pairs
+from .._triton import alignment, blocks, head_tile, launch, load_angles, rotate_heads, store_pairs
 
 
 @triton.jit(do_not_specialize=["length", "table_rows", "p_b", "p_s"])
@@ -82,7 +82,7 @@ def rope(
     strides = (*q.stride()[:3], *k.stride()[:3])
     launch(
         _rope_kernel,
-        batch * length * (triton.cdiv(q_heads, tile) + triton.cdiv(k.shape[2], tile)),
+        batch * length * (blocks(q_heads, tile) + blocks(k.shape[2], tile)),
         q.device,
         q,
         k,

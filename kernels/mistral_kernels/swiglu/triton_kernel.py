@@ -4,12 +4,24 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import alignment, launch, row_offset, rows
+from .._triton import alignment, blocks, launch, power_of_2, row_offset, rows
 
 # Elements of a program and its warps: one 16-byte load of gate and one of up a thread for 16-bit types, 32 registers
 # or fewer on sm_80, 90 and 100 (read from SASS), so that all 64 warps of an SM are resident. Not timed on a GPU.
 TILE = 1024
 WARPS = 4
+
+
+@triton.jit
+def _exp(x):
+    """e^x to a unit in the last place; tl.exp multiplies by log2(e) in float32 and so loses what that rounds off.
+
+    x = n · ln 2 + r with |r| <= ln(2)/2; the high part of ln 2 has few enough bits that n times it is exact.
+    """
+    x = tl.minimum(tl.maximum(x, -150.0), 150.0)  # keeps infinities out; beyond, e^x is 0 and inf in float32
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = x - n * 0.693145751953125 - n * 1.428606765330187e-06
+    return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
 
 
 @triton.jit(do_not_specialize=["count", "n1", "n2"])
@@ -41,7 +53,10 @@ def _swiglu_kernel(
     up_at = row_offset(row, n1, n2, u0, u1, u2, DEPTH, ALIGN)[:, None] + column
     gate = tl.load(GATE + gate_at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(UP + up_at, mask=mask, other=0.0).to(tl.float32)
-    y = gate / (1 + tl.exp(-gate)) * up  # one rounding less than gate · sigmoid(gate)
+    if Y.dtype.element_ty == tl.float32:
+        y = tl.div_rn(gate, 1 + _exp(-gate)) * up
+    else:
+        y = gate / (1 + tl.exp(-gate)) * up
     tl.store(Y + (row * N)[:, None] + column, y.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -53,10 +68,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate, up = gate.view(1), up.view(1)
     r = rows(gate, up)
     n = gate.shape[-1]
-    block = min(triton.next_power_of_2(n), TILE)
+    block = min(power_of_2(n), TILE)
     launch(
         _swiglu_kernel,
-        triton.cdiv(r.count, TILE // block) * triton.cdiv(n, block),
+        blocks(r.count, TILE // block) * blocks(n, block),
         y.device,
         *r.tensors,
         y,
