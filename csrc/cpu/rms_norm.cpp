@@ -5,10 +5,10 @@
 namespace mk::MK_ISA {
 namespace {
 
-// Sum of squares; with kAdd of the rounded x + residual, which goes to `total`. Two levels of partial sums keep the
-// error that of some tens of additions for any n.
+// Sum of squares; with kAdd of the rounded x + residual, which goes to `total`. Float partial sums of at most 64 terms,
+// which are summed in double, keep the error within float's rounding for any n.
 template <class T, bool kAdd>
-MK_INLINE auto sum_of_squares(const T* x, const T* residual, T* total, int64_t n) {
+MK_INLINE double sum_of_squares(const T* x, const T* residual, T* total, int64_t n) {
   constexpr int w = Format<T>::width;
   using V = vec_of<T>;
   const auto value = [&](int64_t i) {
@@ -19,22 +19,24 @@ MK_INLINE auto sum_of_squares(const T* x, const T* residual, T* total, int64_t n
     }
     return v;
   };
-  V sums = {};
+  double whole = 0;
+  V part[4] = {};
+  const auto add_part = [&] { whole += sum((part[0] + part[1]) + (part[2] + part[3])); };
   int64_t i = 0;
   while (i + 4 * w <= n) {
-    const int64_t end = n - i < 64 * w ? n - 4 * w : i + 60 * w;
-    V part[4] = {};
-    for (; i <= end; i += 4 * w)
+    const int64_t end = n - i < 256 * w ? n : i + 256 * w;
+    for (; i + 4 * w <= end; i += 4 * w)
       for (int j = 0; j < 4; j++) {
         const V v = value(i + j * w);
         part[j] += v * v;
       }
-    sums += (part[0] + part[1]) + (part[2] + part[3]);
+    if (i + 4 * w > n) break;
+    add_part();
+    for (V& p : part) p = V{};
   }
-  V rest = {};
   for (; i + w <= n; i += w) {
     const V v = value(i);
-    rest += v * v;
+    part[0] += v * v;
   }
   if (i < n) {
     V v = load_n(x + i, n - i);
@@ -42,9 +44,10 @@ MK_INLINE auto sum_of_squares(const T* x, const T* residual, T* total, int64_t n
       v = round_to<T>(v + load_n(residual + i, n - i));
       store_n(total + i, v, n - i);
     }
-    rest += v * v;
+    part[1] += v * v;
   }
-  return sum(sums + rest);
+  add_part();
+  return whole;
 }
 
 template <class T, class W, bool kModel, bool kStream, class S>
@@ -72,12 +75,8 @@ void all_rows(const RmsNormRows& a) {
   const W* weight = static_cast<const W*>(a.weight);
   for (int64_t r = 0; r < a.rows; r++, x += a.x_stride, residual += kAdd ? a.residual_stride : 0) {
     T* total = kAdd ? static_cast<T*>(a.total) + r * a.n : nullptr;
-    const S mean = sum_of_squares<T, kAdd>(x, residual, total, a.n) / S(a.n);
-    S rstd;
-    if constexpr (sizeof(S) == 8)
-      rstd = 1 / __builtin_sqrt(mean + a.eps);
-    else
-      rstd = 1 / __builtin_sqrtf(mean + float(a.eps));
+    const double mean = sum_of_squares<T, kAdd>(x, residual, total, a.n) / double(a.n);
+    const S rstd = S(1 / __builtin_sqrt(mean + a.eps));
     static_cast<S*>(a.rstd)[r] = rstd;
     scale<T, W, kModel, kStream>(kAdd ? total : x, rstd, weight, static_cast<W*>(a.y) + r * a.n, a.n);
   }

@@ -91,7 +91,7 @@ struct Format<bf16> {
   static constexpr int width = lanes;
   MK_INLINE vf decode(vh h) { return (vf)(widen(h) << 16); }
   MK_INLINE vh encode(vf v) {
-#if MK_BF16
+#if MK_BF16  // takes subnormals for 0
     return (vh)_mm512_cvtneps_pbh((__m512)v);
 #else
     const vu u = (vu)v;
