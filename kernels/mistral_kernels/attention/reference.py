@@ -63,20 +63,20 @@ def attend_backward(
     scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O) + dlse), dQ = scale · dS K, dK = scale · dSᵀ Q.
+    """dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ) + dlse), dQ = scale · dS K, dK = scale · dSᵀ Q.
 
-    P is computed again from lse (Dao 2023, section 3.1.2); P and dS are rounded to the dtype before their products.
+    P and dS are rounded to the dtype before their products. P and its row sums come from these very scores, not from
+    lse and the rounded output: where scores are large, a forward that rounded them otherwise would not fit them.
     """
     scores, mask = _scores(q, k, window, scale, causal)
     wide = scores.dtype
     groups = (k.shape[2], -1)
-    row = lse.to(wide).unflatten(1, groups).unsqueeze(-1)
-    p = (scores - row).exp().masked_fill(~mask, 0)
+    p = (scores - scores.logsumexp(-1, keepdim=True)).exp().masked_fill(~mask, 0)
     d = dout.to(wide).unflatten(2, groups)
     dv = torch.einsum("bngst,bsngd->btnd", p.to(v.dtype).to(wide), d)
-    delta = (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2) - dlse.to(wide)
-    ds = p * (torch.einsum("bsngd,btnd->bngst", d, v.to(wide)) - delta.unflatten(1, groups).unsqueeze(-1))
-    ds = ds.to(q.dtype).to(wide)
+    dp = torch.einsum("bsngd,btnd->bngst", d, v.to(wide))
+    delta = (p * dp).sum(-1) - dlse.to(wide).unflatten(1, groups)
+    ds = (p * (dp - delta.unsqueeze(-1))).to(q.dtype).to(wide)
     dq = torch.einsum("bngst,btnd->bsngd", ds, k.to(wide)).reshape(q.shape) * scale
     dk = torch.einsum("bngst,bsngd->btnd", ds, q.to(wide).unflatten(2, groups)) * scale
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
