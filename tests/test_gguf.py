@@ -200,6 +200,11 @@ def smollm2():
     return load(smollm2_path())
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(smollm2_path())
+
+
 def test_the_samples_config(smollm2):
     assert smollm2.config == ModelConfig(
         dim=576,
@@ -267,25 +272,24 @@ def hugging_face():
     return model.eval()
 
 
-def test_the_samples_logits_are_those_of_transformers(smollm2):
-    ids = torch.tensor([load_tokenizer(smollm2_path()).encode("The sea looks blue because water absorbs red light.")])
+def test_the_samples_logits_are_those_of_transformers(smollm2, tokenizer):
+    ids = torch.tensor([tokenizer.encode("The sea looks blue because water absorbs red light.")])
     with torch.inference_mode():
         wanted = hugging_face()(ids).logits
         found = smollm2(ids)
     assert (found - wanted).abs().max() < 2e-4 * wanted.abs().max()
 
 
-def test_the_sample_answers(smollm2):
-    tokenizer = load_tokenizer(smollm2_path())
+def test_the_sample_answers(smollm2, tokenizer):
     prompt = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     done = generate(smollm2, [prompt], max_tokens=16, stop_ids=tokenizer.stop_ids, progress=False)
     assert tokenizer.decode(done.tokens[0]) == "The capital of France is Paris."
 
 
-def test_the_sample_converts_with_its_tokenizer(tmp_path, monkeypatch):
+def test_the_sample_converts_with_its_tokenizer(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr(convert, "save_checkpoint", lambda *_, **__: None)  # the weights are judged above
     assert convert.main([str(smollm2_path()), str(tmp_path), "--to", "hf"]) == 0
-    ours, copied = load_tokenizer(smollm2_path()), load_tokenizer(tmp_path)
+    copied = load_tokenizer(tmp_path)
     chat = [{"role": "user", "content": "Hi\n123"}]
-    assert copied.encode_chat(chat) == ours.encode_chat(chat)
-    assert (copied.bos_id, copied.stop_ids) == (ours.bos_id, ours.stop_ids) == (None, (2, 0))
+    assert copied.encode_chat(chat) == tokenizer.encode_chat(chat)
+    assert (copied.bos_id, copied.stop_ids) == (tokenizer.bos_id, tokenizer.stop_ids) == (None, (2, 0))
