@@ -27,11 +27,11 @@ def floating(**tensors: torch.Tensor | None) -> None:
 
 def integral(device: torch.device, dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor | None) -> None:
     """Each is a tensor of one of `dtypes` on `device`."""
-    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     for name, t in tensors.items():
         if t is None:
             continue
         if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
+            names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{name} must be a tensor of {names}, not {getattr(t, 'dtype', type(t).__name__)}")
         if t.device != device:
             raise ValueError(f"{name} is on {t.device}; it must be on {device} with the others")
@@ -47,9 +47,16 @@ def same_shape(**tensors: torch.Tensor) -> None:
 def promote(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the dtype that eager arithmetic between them would give."""
     dtype = tensors[0].dtype
+    if all(t.dtype == dtype for t in tensors):
+        return tensors
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
     return tuple(t.to(dtype) for t in tensors)
+
+
+def as_dtype(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`t.to(dtype)`, which takes 0.8 µs where there is nothing to convert (Zen 5)."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

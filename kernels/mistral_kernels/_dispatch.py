@@ -157,13 +157,23 @@ class Op:
 
     def __call__(self, impl: str | None, *args: Any) -> Any:
         if impl is None:
-            return self._auto(*args)
+            return _call(self._auto, args)
         if impl == "reference":
             return self.eager(*args)
         reasons = self.reasons(*args) if impl in IMPLS else {}
         if impl not in IMPLS or reasons[impl] is not None:
             raise _unusable(self.name, impl, reasons)
-        return (self._triton if impl == "triton" else self._auto)(*args)
+        return _call(self._triton if impl == "triton" else self._auto, args)
+
+
+def _call(op: Any, args: tuple) -> Any:
+    """Calls `op`; past its autograd where nothing is differentiated: that is Python, 4 µs to the C++ op's 2 (Zen 5)."""
+    if op._schema.is_mutable or torch.compiler.is_compiling():
+        return op(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _unusable(op: str, impl: str, reasons: dict[str, str | None]) -> Exception:

@@ -175,9 +175,9 @@ def rope_write_kv(
         raise TypeError(f"q is {q.dtype} but k is {k.dtype}; they must be equal")
     _checks.no_gradient("rope_write_kv", q=q, k=k, v=v)
     check_tables(cos, sin, q.shape[-1])
-    check_positions(positions.clamp(min=0), cos.shape[0])
+    check_positions(positions, cos.shape[0], idle=True)
     table = _checks.accumulate_dtype(q.dtype)
-    cos, sin = cos.to(table).contiguous(), sin.to(table).contiguous()
+    cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
     return _rope_write_kv(impl, q, k, v, k_cache, v_cache, positions, cos, sin, cu_seqlens, interleaved)
 
 

@@ -85,7 +85,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, rounding: str) -> None:
 
 def _weight_for(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The weight in x's dtype or, where eager arithmetic would promote, in the wider one; no value changes."""
-    return weight.to(torch.promote_types(x.dtype, weight.dtype))
+    return weight if weight.dtype == x.dtype else weight.to(torch.promote_types(x.dtype, weight.dtype))
 
 
 def rms_norm(

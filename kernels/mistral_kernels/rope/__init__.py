@@ -75,8 +75,8 @@ def _tables_of_tokens(
             f" with q {_checks.shape(q)} they must be [{batch}, {length}, {dim}]"
         )
     rows = torch.arange(cos.shape[0] * length, device=q.device).view(cos.shape[0], length).expand(batch, length)
-    half = (t[..., : dim // 2].reshape(-1, dim // 2) for t in (cos, sin))
-    return *half, rows.contiguous()
+    cos, sin = (t[..., : dim // 2].reshape(-1, dim // 2) for t in (cos, sin))
+    return cos, sin, rows.contiguous()
 
 
 def rope(
@@ -123,4 +123,5 @@ def rope(
         reference.check_positions(positions, cos.shape[0])
     table = _checks.accumulate_dtype(q.dtype)
     q, k = _checks.promote(q, k)
-    return _rope(impl, q, k, cos.to(table).contiguous(), sin.to(table).contiguous(), positions, interleaved, False)
+    cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
+    return _rope(impl, q, k, cos, sin, positions, interleaved, False)

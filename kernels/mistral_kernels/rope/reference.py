@@ -5,12 +5,18 @@ import torch
 from .._checks import accumulate_dtype
 
 
-def check_positions(positions: torch.Tensor, table_rows: int) -> None:
-    """Raises where a position lies outside the table. Reads the values: for CPU tensors, and not while tracing."""
+def check_positions(positions: torch.Tensor, table_rows: int, idle: bool = False) -> None:
+    """Raises where a position lies outside the table; with `idle` negative ones mark idle tokens.
+
+    Reads the values: for CPU tensors, and not while tracing.
+    """
     if torch.compiler.is_compiling() or positions.device.type != "cpu" or positions.numel() == 0:
         return
-    low, high = (int(p) for p in torch.aminmax(positions))
-    if low < 0 or high >= table_rows:
+    if positions.numel() == 1:
+        low = high = positions.item()
+    else:
+        low, high = (int(p) for p in torch.aminmax(positions))
+    if (low < 0 and not idle) or high >= table_rows:
         raise ValueError(
             f"positions run from {low} to {high}, but the cos/sin tables hold the positions 0 to {table_rows - 1}"
         )
