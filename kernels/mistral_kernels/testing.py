@@ -222,7 +222,7 @@ def rope_case(
 
     def make(kind: str) -> dict[str, Any]:
         lead = (length,) if batch is None else (batch, length)
-        made = dict(q=fill((*lead, heads, dim), kind), k=fill((*lead, kv_heads, dim), kind, seed=1))
+        made: dict[str, Any] = dict(q=fill((*lead, heads, dim), kind), k=fill((*lead, kv_heads, dim), kind, seed=1))
         made |= _tables(dim, first + length + 1) | dict(interleaved=interleaved)
         if first:
             made["positions"] = torch.arange(first, first + length).expand(lead).contiguous()

@@ -57,9 +57,7 @@ _NEEDED = {
 }
 
 
-def _kind(scaling: Mapping[str, Any] | None) -> str:
-    if scaling is None:
-        return "default"
+def _kind(scaling: Mapping[str, Any]) -> str:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default" and kind not in _NEEDED:
         raise ValueError(f"scaling has rope_type {kind!r}; it must be 'default', 'linear', 'llama3' or 'yarn'")
@@ -103,6 +101,7 @@ def rope_table(
         raise ValueError(f"theta is {theta} and max_positions {max_positions}; both must be positive")
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     temperature = 1.0
+    scaling = scaling or {}
     match _kind(scaling):
         case "linear":
             frequencies = _linear(frequencies, scaling)
@@ -111,4 +110,5 @@ def rope_table(
         case "yarn":
             frequencies, temperature = _yarn(frequencies, scaling, theta, head_dim)
     angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * frequencies
-    return tuple((f(angles) * temperature).to(device=device, dtype=dtype) for f in (torch.cos, torch.sin))
+    cos, sin = (f(angles).mul_(temperature).to(device=device, dtype=dtype) for f in (torch.cos, torch.sin))
+    return cos, sin
