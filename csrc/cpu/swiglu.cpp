@@ -5,9 +5,12 @@
 namespace mk::MK_ISA {
 namespace {
 
-template <class V>
-MK_INLINE V silu_times(V gate, V up) {
-  return gate / (exp(-gate) + 1) * up;
+template <class T>
+MK_INLINE vec_of<T> silu_times(vec_of<T> gate, vec_of<T> up) {
+  if constexpr (sizeof(T) == 2)
+    return gate * up / (exp_fast(-gate) + 1);
+  else
+    return gate / (exp(-gate) + 1) * up;
 }
 
 template <class T, bool kStream>
@@ -15,13 +18,13 @@ void row(const T* gate, const T* up, T* out, int64_t n) {
   constexpr int w = Format<T>::width;
   int64_t i = 0;
   for (; i + w <= n; i += w) {
-    const vec_of<T> y = silu_times(load(gate + i), load(up + i));
+    const vec_of<T> y = silu_times<T>(load(gate + i), load(up + i));
     if constexpr (kStream)
       stream(out + i, y);
     else
       store(out + i, y);
   }
-  if (i < n) store_n(out + i, silu_times(load_n(gate + i, n - i), load_n(up + i, n - i)), n - i);
+  if (i < n) store_n(out + i, silu_times<T>(load_n(gate + i, n - i), load_n(up + i, n - i)), n - i);
 }
 
 template <class T>
