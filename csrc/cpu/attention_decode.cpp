@@ -253,7 +253,6 @@ void start(const Decode<T>& t, const AttentionItem& item) {
     const int64_t head = i / t.all_rows, row = least(i % t.all_rows, t.rows - 1);
     const T* q =
         (const T*)t.s.q + row / t.group * t.a.q_row + ((item.head + head) * t.group + row % t.group) * t.a.q_head;
-    for (int64_t w = key_words<M>(t.a.dim); w < t.words; w++) t.q[i * t.words + w] = 0;
     pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + i * t.words);
     t.states[i] = {-INFINITY, 0};
     for (int64_t d = 0; d < t.n; d += M::width) store_words(t.acc + i * t.n + d, typename M::Vec{});

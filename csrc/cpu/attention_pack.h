@@ -58,6 +58,7 @@ template <class M, class T>
 MK_INLINE typename M::Words row_words(const T* row, int64_t w, int64_t dim) {
   const int64_t left = dim - w * M::step;
   if constexpr (M::step == 1) return left >= M::width ? load(row + w) : load_n(row + w, most(left, 0));
+  if (left >= M::width * M::step) return load_words<typename M::Words>(row + w * M::step);
   typename M::Words words = {};
   __builtin_memcpy(&words, row + w * M::step, least(most(left, 0), M::width * M::step) * sizeof(T));
   return words;
@@ -95,8 +96,9 @@ MK_INLINE vu pair(vu even, vu odd) { return even | (odd << 16); }
 
 template <class T>
 MK_INLINE vu raw_words(const T* p, int64_t n) {
+  if (n >= lanes) return widen(load_words<vh>(p));
   vh h = {};
-  __builtin_memcpy(&h, p, (n < lanes ? n : lanes) * sizeof(T));
+  __builtin_memcpy(&h, p, n * sizeof(T));
   return widen(h);
 }
 
@@ -115,16 +117,21 @@ MK_INLINE void pack_values(const T* const* rows, int64_t keys, int64_t dim, type
     }
 }
 
-// Query rows as words, times the sign of the scale; zeros to the next whole word.
+// Query rows as words, times the sign of the scale, with zeros to the next whole vector.
+template <class M>
+MK_INLINE int64_t query_words(int64_t dim) {
+  return round_up(key_words<M>(dim), M::width);
+}
+
 template <class M, class T>
 MK_INLINE void pack_query(const T* row, int64_t dim, double sign, typename M::Word* out) {
-  for (int64_t w = 0; w < key_words<M>(dim); w += M::width) {
+  for (int64_t w = 0; w < query_words<M>(dim); w += M::width) {
     typename M::Words words = row_words<M>(row, w, dim);
     if constexpr (M::step == 1)
       words *= (typename M::Scalar)sign;
     else
       words = sign > 0 ? words : sign < 0 ? words ^ 0x80008000u : vu{};
-    __builtin_memcpy(out + w, &words, least(M::width, key_words<M>(dim) - w) * sizeof(typename M::Word));
+    store_words(out + w, words);
   }
 }
 
