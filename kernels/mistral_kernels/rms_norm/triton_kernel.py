@@ -1,5 +1,7 @@
 """RMSNorm, and the residual addition before it, in Triton: a kernel for rows that fit in registers, one for longer."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -29,12 +31,28 @@ def _load_total(X, RESIDUAL, x_at, residual_at, mask):
 
 
 @triton.jit
-def _rstd(squares, eps, N: tl.constexpr):
-    """1 / sqrt(mean + eps). One Newton step: the GPU's rsqrt is up to two units off, and so would be the whole row."""
-    mean = squares * (1.0 / N) + tl.cast(eps, tl.float32)
-    rstd = tl.rsqrt(mean)
-    refined = rstd + 0.5 * rstd * (1.0 - mean * rstd * rstd)
-    return tl.where(refined == refined, refined, rstd)  # 0 and infinity have no Newton step
+def _rstd(squares, eps, SHARE: tl.constexpr, SHARE_REST: tl.constexpr, EXACT: tl.constexpr):
+    """1 / sqrt(sum(squares) · share + eps) of each row, `[rows, 1]`; share + share_rest is 1/N to twice the precision.
+
+    An error here is in every element of the row. Float32 results show it, so for them (EXACT) it is rounded only once
+    in the mean and once here. Squares are split at a common bit, so that the high parts add up without rounding (Rump,
+    Ogita & Oishi 2008, ExtractVector); then one Newton step with the residual 1 − mean · r² in twice the precision
+    mends the GPU's rsqrt, which is up to two units off.
+    """
+    total = tl.sum(squares, axis=1, keep_dims=True)
+    eps = tl.cast(eps, tl.float32)
+    if not EXACT:
+        return tl.rsqrt(total * SHARE + eps)
+    high = (squares + 2 * total) - 2 * total
+    low = tl.sum(squares - high, axis=1, keep_dims=True)
+    high = tl.sum(high, axis=1, keep_dims=True)
+    mean = high * SHARE + (high * SHARE_REST + (low * SHARE + eps))
+    mean = tl.where(mean == mean, mean, total)  # an infinite sum has no parts
+    r = tl.rsqrt(mean)
+    squared = r * r
+    residual = tl.fma(-mean, squared, squared * 0 + 1) - mean * tl.fma(r, r, -squared)
+    refined = tl.fma(0.5 * r, residual, r)
+    return tl.where(refined == refined, refined, r)  # 0 and infinity have no Newton step
 
 
 @triton.jit
@@ -66,6 +84,8 @@ def _norm_kernel(
     r1,
     r2,
     N: tl.constexpr,
+    SHARE: tl.constexpr,
+    SHARE_REST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -82,9 +102,9 @@ def _norm_kernel(
     x = _load_total(X, RESIDUAL, x_at, residual_at, mask)
     if TOTAL is not None:
         tl.store(TOTAL + y_at, x.to(TOTAL.dtype.element_ty), mask=mask)
-    rstd = _rstd(tl.sum(x * x, axis=1), eps, N)
-    tl.store(RSTD + row, rstd, mask=row < count)
-    _store_normed(X, W, Y, x, rstd[:, None], y_at, column, mask, column_mask, MODEL_ROUNDING)
+    rstd = _rstd(x * x, eps, SHARE, SHARE_REST, Y.dtype.element_ty == tl.float32)
+    tl.store(RSTD + row[:, None], rstd, mask=(row < count)[:, None])
+    _store_normed(X, W, Y, x, rstd, y_at, column, mask, column_mask, MODEL_ROUNDING)
 
 
 @triton.jit(do_not_specialize=["count", "n1", "n2"])
@@ -106,6 +126,8 @@ def _long_norm_kernel(
     r1,
     r2,
     N: tl.constexpr,
+    SHARE: tl.constexpr,
+    SHARE_REST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -116,20 +138,27 @@ def _long_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_row = row_offset(row, n1, n2, x0, x1, x2, DEPTH, ALIGN)
     residual_row = row_offset(row, n1, n2, r0, r1, r2, DEPTH, ALIGN)
-    squares = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([1, BLOCK], tl.float32)
     for first in tl.range(0, N, BLOCK):
-        column = first + tl.arange(0, BLOCK)
+        column = first + tl.arange(0, BLOCK)[None, :]
         x = _load_total(X, RESIDUAL, x_row + column, residual_row + column, column < N)
         if TOTAL is not None:
             tl.store(TOTAL + row * N + column, x.to(TOTAL.dtype.element_ty), mask=column < N)
         squares += x * x
-    rstd = _rstd(tl.sum(squares, axis=0), eps, N)
-    tl.store(RSTD + row, rstd)
+    rstd = _rstd(squares, eps, SHARE, SHARE_REST, Y.dtype.element_ty == tl.float32)
+    tl.store(RSTD + row + tl.zeros([1, 1], tl.int32), rstd)
     for first in tl.range(0, N, BLOCK):
-        column = first + tl.arange(0, BLOCK)
+        column = first + tl.arange(0, BLOCK)[None, :]
         mask = column < N
         x = _load_total(X, RESIDUAL, x_row + column, residual_row + column, mask)
         _store_normed(X, W, Y, x, rstd, row * N + column, column, mask, mask, MODEL_ROUNDING)
+
+
+@functools.cache
+def _share(n: int) -> tuple[float, float]:
+    """1/n as the sum of two float32 numbers."""
+    high = torch.tensor(1 / n, dtype=torch.float32).item()
+    return high, 1 / n - high
 
 
 def _run(
@@ -149,14 +178,15 @@ def _run(
         return y, total, rstd.fill_(float("nan"))  # the mean of nothing
     r = rows(x) if residual is None else rows(x, residual)
     strides = [s for tensor in r.strides for s in tensor] + [0] * (3 if residual is None else 0)
-    kernel, share, block = _norm_kernel, 1, power_of_2(n)
+    kernel, together, block = _norm_kernel, 1, power_of_2(n)
     if block > LONGEST_IN_REGISTERS:
         kernel, block = _long_norm_kernel, LOOP_BLOCK
     elif block < SHORT_TILE:
-        share = SHORT_TILE // block
+        together = SHORT_TILE // block
+    high, rest = _share(n)
     launch(
         kernel,
-        blocks(r.count, share),
+        blocks(r.count, together),
         x.device,
         r.tensors[0],
         None if residual is None else r.tensors[1],
@@ -169,12 +199,14 @@ def _run(
         *r.sizes,
         *strides,
         N=n,
-        ROWS=share,
+        SHARE=high,
+        SHARE_REST=rest,
+        ROWS=together,
         BLOCK=block,
         DEPTH=r.depth,
         ALIGN=alignment(*strides),
         MODEL_ROUNDING=model_rounding,
-        num_warps=share * block // TILE_PER_WARP,
+        num_warps=together * block // TILE_PER_WARP,
     )
     return y, total, rstd
 
