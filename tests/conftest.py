@@ -2,8 +2,11 @@
 
 import os
 
-# NumPy's BLAS threads fight with the interpreter's many small products.
+# NumPy's BLAS threads fight with the interpreter's many small products, and the threads of one test process with those
+# of its neighbours: waiting for each other takes many times what the small tensors of tests take.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -295,12 +295,21 @@ def test_every_backend_gives_a_reason_or_works():
 
 def test_parity_rule_catches_small_errors():
     """One element off by three roundings, a relative bias of a rounding, a NaN and a lost −inf all fail."""
-    truth = fill((1000,))
+    truth = fill((20, 50))
     eager = truth.bfloat16()
     assert testing.compare("out", eager, eager, truth).passed
     wrong = eager.clone()
-    wrong[truth.abs().argmax()] *= 1 + 3 * 2**-7
+    wrong.view(-1)[truth.abs().argmax()] *= 1 + 3 * 2**-7
     for bad in (wrong, (truth * (1 + 2**-8)).bfloat16(), eager.clone().fill_(torch.nan)):
         assert not testing.compare("out", bad, eager, truth).passed
     infinite = truth.clone().index_fill_(0, torch.tensor([3]), -torch.inf)
     assert not testing.compare("out", eager, infinite.bfloat16(), infinite).passed
+
+
+def test_few_rows_are_judged_together():
+    """The bias of a rounding passes in one short row, where it cannot be told from chance, and not in many of them."""
+    rows = [fill((50,), seed=seed) for seed in range(40)]
+    biased = [testing.compare("out", (r * (1 + 2**-8)).bfloat16(), r.bfloat16(), r) for r in rows]
+    sound = [testing.compare("out", r.bfloat16(), r.bfloat16(), r) for r in rows]
+    assert all(e.passed for e in biased)
+    assert testing.pooled(biased) > 1 > testing.pooled(sound)

@@ -6,6 +6,7 @@ Each case runs on inputs of several kinds against the eager op in float64; an er
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -44,14 +45,14 @@ class Row:
     where: str = ""
     skipped: str = ""
 
-    def add(self, label: str, output: str, ratio: float) -> None:
+    def add(self, where: str, ratio: float) -> None:
         if ratio <= 1:
             self.passed += 1
         else:
             self.failed += 1
         rank = math.inf if math.isnan(ratio) else ratio
         if rank >= self.worst or not self.where:
-            self.worst, self.where = rank, f"{output} of {label}"
+            self.worst, self.where = rank, where
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -71,7 +72,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_row(op: str, impl: str, dtype_name: str, device: str) -> Row:
-    """Every case and kind of input of one op in one dtype, forward and, where it has one, backward."""
+    """Every case and kind of input of one op in one dtype, forward and, where it has one, backward.
+
+    The largest error is judged case by case, the RMS error of each output over all cases together.
+    """
     import torch
 
     from . import testing
@@ -81,19 +85,20 @@ def check_row(op: str, impl: str, dtype_name: str, device: str) -> Row:
     if impl == "triton" and dtype_name == "bfloat16" and triton_interpreted():
         row.skipped = INTERPRETER_BF16
         return row
-    for case in testing.cases():
-        if case.op != op:
+    together: dict[str, list[testing.Errors]] = {}
+    for case, kind in itertools.product((c for c in testing.cases() if c.op == op), testing.KINDS):
+        try:
+            errors = testing.parity(
+                case, getattr(torch, dtype_name), impl, device, kind, gradients=op in DIFFERENTIABLE
+            )
+        except NotImplementedError:
+            row.unable += 1
             continue
-        for kind in testing.KINDS:
-            try:
-                errors = testing.parity(
-                    case, getattr(torch, dtype_name), impl, device, kind, gradients=op in DIFFERENTIABLE
-                )
-            except NotImplementedError:
-                row.unable += 1
-                continue
-            for e in errors:
-                row.add(f"{case.label}, {kind}", e.output, e.ratio)
+        for e in errors:
+            row.add(f"{e.output} of {case.label}, {kind}", e.max_ratio)
+            together.setdefault(e.output, []).append(e)
+    for output, errors in together.items():
+        row.add(f"RMS of {output}", testing.pooled(errors))
     return row
 
 
@@ -106,7 +111,7 @@ def verdict(row: Row) -> str:
 
 
 def print_table(rows: list[Row]) -> None:
-    print(f"{'op':<17}{'impl':<11}{'dtype':<10}{'outputs':>8}{'unable':>8}  {'worst':>6}  verdict   at")
+    print(f"{'op':<17}{'impl':<11}{'dtype':<10}{'checks':>8}{'unable':>8}  {'worst':>6}  verdict   at")
     for r in rows:
         where = r.skipped or r.where
         print(
@@ -171,7 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     print_table(rows)
     failed, skipped = sum(r.failed for r in rows), sum(bool(r.skipped) for r in rows)
     passed, seconds = sum(r.passed for r in rows), time.perf_counter() - start
-    print(f"{passed} outputs and gradients passed, {failed} failed, {skipped} rows skipped, in {seconds:.0f} s")
+    print(
+        f"{passed} checks of outputs and gradients passed, {failed} failed, {skipped} rows skipped, in {seconds:.0f} s"
+    )
     if options.json:
         write_json(options.json, facts, reasons, rows)
     wanted = [i for i in options.impl or () if i not in impls]
