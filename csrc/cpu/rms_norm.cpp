@@ -50,7 +50,7 @@ MK_INLINE double sum_of_squares(const T* x, const T* residual, T* total, int64_t
   return whole;
 }
 
-template <class T, class W, bool kModel, bool kStream, class S>
+template <class T, class W, bool kModel, class S>
 MK_INLINE void scale(const T* x, S rstd, const W* weight, W* y, int64_t n) {
   constexpr int w = Format<T>::width;
   const auto product = [&](vec_of<T> v, vec_of<T> by) {
@@ -58,18 +58,12 @@ MK_INLINE void scale(const T* x, S rstd, const W* weight, W* y, int64_t n) {
     return (kModel ? round_to<T>(v) : v) * by;
   };
   int64_t i = 0;
-  for (; i + w <= n; i += w) {
-    const vec_of<T> v = product(load(x + i), load(weight + i));
-    if constexpr (kStream)
-      stream(y + i, v);
-    else
-      store(y + i, v);
-  }
+  for (; i + w <= n; i += w) store(y + i, product(load(x + i), load(weight + i)));
   if (i < n) store_n(y + i, product(load_n(x + i, n - i), load_n(weight + i, n - i)), n - i);
 }
 
-template <class T, class W, bool kModel, bool kAdd, bool kStream>
-void all_rows(const RmsNormRows& a) {
+template <class T, class W, bool kModel, bool kAdd>
+void run(const RmsNormRows& a) {
   using S = decltype(sum(vec_of<T>{}));
   const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
   const W* weight = static_cast<const W*>(a.weight);
@@ -78,16 +72,8 @@ void all_rows(const RmsNormRows& a) {
     const double mean = sum_of_squares<T, kAdd>(x, residual, total, a.n) / double(a.n);
     const S rstd = S(1 / __builtin_sqrt(mean + a.eps));
     static_cast<S*>(a.rstd)[r] = rstd;
-    scale<T, W, kModel, kStream>(kAdd ? total : x, rstd, weight, static_cast<W*>(a.y) + r * a.n, a.n);
+    scale<T, W, kModel>(kAdd ? total : x, rstd, weight, static_cast<W*>(a.y) + r * a.n, a.n);
   }
-}
-
-template <class T, class W, bool kModel, bool kAdd>
-void run(const RmsNormRows& a) {
-  const bool aligned = (uintptr_t)a.y % 64 == 0 && a.n * sizeof(W) % 64 == 0;
-  if (!a.past_caches || !aligned) return all_rows<T, W, kModel, kAdd, false>(a);
-  all_rows<T, W, kModel, kAdd, true>(a);
-  stream_fence();
 }
 
 }  // namespace

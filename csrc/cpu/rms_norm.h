@@ -12,7 +12,6 @@ struct RmsNormRows {
   void *y, *total, *rstd;
   int64_t rows, n;
   double eps;
-  bool past_caches;  // the outputs are too large for a cache to hold
 };
 
 // run[dtype of x][weight is float32 and x is not][x * rstd is rounded before the product with the weight][residual]

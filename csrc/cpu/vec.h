@@ -256,7 +256,7 @@ MK_INLINE vf exp_fast(vf x) {
 #endif
   const vf p = (((f * 0.009582852944731712f + 0.055906426161527634f) * f + 0.24024099f) * f + 0.69312418f) * f + 1.f;
 #if defined(__AVX512DQ__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
 #else
   return (vf)((vi)p + ((vi)shifted << 23));
 #endif

@@ -34,9 +34,6 @@ constexpr int max_dims = 8;
 // `t` itself where kernels can read it in place: its last dimension has stride 1, and it has at most max_dims.
 Tensor unit_stride(const Tensor& t);
 
-// Outputs from this size on are stored past the caches, which would not hold them anyway.
-constexpr int64_t past_caches_bytes = int64_t{16} << 20;
-
 // f(begin, end) over [0, count), on several threads where each gets at least `grain`.
 template <class F>
 void in_parallel(int64_t count, int64_t grain, const F& f) {
