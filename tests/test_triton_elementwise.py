@@ -35,7 +35,7 @@ pytestmark = [
 
 
 def grid():
-    """Every case; the ring writes, of many programs each, in fewer kinds of values: they copy, and rotate as rope does."""
+    """Every case; the ring writes, many programs each, in fewer kinds of values: they copy, and rotate as rope does."""
     for case in cases():
         kinds, dtypes = KINDS, DTYPES
         if "write" in case.op:
