@@ -46,6 +46,7 @@ struct AttentionItem {
 constexpr int64_t tile_rows = 96;
 constexpr int64_t tile_heads = 4;
 constexpr int64_t decode_heads = 8;
+constexpr int64_t piece_keys = 256;  // the longest piece of a decoded sequence
 
 struct TileSizes {
   int64_t panel_keys, key_panel_bytes, value_panel_bytes, scratch_bytes;

@@ -1,39 +1,40 @@
 // Attention of few queries, read once from where the keys and values lie: the rows that share a KV head (its query
-// heads, times a few queries) share each load. The keys are cut into pieces of a length that the shape alone decides.
+// heads, times a few queries) share each load. The keys are cut into pieces of a length that the shape alone decides; a
+// piece is read in two passes, so that each row has one softmax a piece.
 #include "cpu/attention.h"
 #include "cpu/attention_pack.h"
 
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t tile_keys = 32;  // two tiles of K and V stay in the L1 cache: this one, and the one being prefetched
 constexpr int row_step = 4;
+constexpr int64_t value_tile = 32;  // keys whose values are added up in registers
+// Prefetched into L2: keys 16 rows ahead, values one head ahead (4096 bf16 keys on Zen 5: 21 GB/s a thread instead of
+// 13).
+constexpr int64_t key_ahead = 16;
 
 template <class M>
 constexpr int row_unit = M::width * M::step;  // elements in a vector of words
 
+// Scores of a piece: its keys, and what it takes to let each span start at a whole pair, and the last vectors be full.
 template <class M>
-MK_INLINE int64_t padded(int64_t dim) {
-  return round_up(dim, row_unit<M>);
-}
+constexpr int64_t score_row = piece_keys + max_spans + 2 * M::width - (piece_keys + max_spans) % (2 * M::width);
 
 template <class T>
 DecodeSizes sizes(int64_t dim, int64_t rows) {
   using M = typename ArithmeticOf<T>::type;
   using Scalar = typename M::Scalar;
-  const int64_t n = padded<M>(dim), all = round_up(rows, row_step);
-  const int64_t strip = row_step * tile_keys * (sizeof(Scalar) + sizeof(typename M::Word));
-  return {decode_heads * all * n * (int64_t)sizeof(T) * (sizeof(T) < sizeof(Scalar) && M::step == 1 ? 2 : 1) + strip +
-              2 * tile_keys * n * (int64_t)sizeof(T),
-          decode_heads * all * (n * (int64_t)sizeof(Scalar) + (int64_t)sizeof(RowState<Scalar>))};
+  const int64_t n = round_up(dim, row_unit<M>), all = decode_heads * round_up(rows, row_step);
+  return {all * (n / M::step * (int64_t)sizeof(typename M::Word) + score_row<M> * (int64_t)sizeof(Scalar)) +
+              value_tile * n * (int64_t)sizeof(T),
+          all * (n * (int64_t)sizeof(Scalar) + (int64_t)sizeof(RowState<Scalar>))};
 }
 
-// One tile of one KV head. `k_ahead` and `v_ahead` are the distances in bytes to what will be read next.
-template <class T>
-struct Block {
-  const T *k, *v;
-  int64_t k_row, v_row, k_ahead, v_ahead;
-  int64_t key, keys;
+// Keys of one span that belong to the piece: `count` from the span's key `at`, the sequence's key `key`, on. Their
+// scores start at `place`.
+struct Segment {
+  const KeySpan* span;
+  int64_t at, key, count, place;
 };
 
 template <class T>
@@ -44,27 +45,34 @@ struct Decode {
   using State = RowState<Scalar>;
   const Attention& a;
   const AttentionSequence& s;
+  const AttentionItem& item;
   int64_t group, rows, all_rows, n, words;
   Scalar scale;
-  Word *q, *probabilities;
-  Scalar *scores, *acc;
+  Word* q;
+  Scalar *scores, *acc;  // the scores become probabilities in place
   State* states;
-  T *k_copy, *v_copy;
+  T* copy;
+  Segment segments[max_spans];
 
-  Decode(const Attention& a, const AttentionItem& item, char* scratch) : a(a), s(a.sequences[item.sequence]) {
+  Decode(const Attention& a, const AttentionItem& item, char* scratch)
+      : a(a), s(a.sequences[item.sequence]), item(item) {
     group = a.heads / a.kv_heads;
     rows = group * s.queries;
     all_rows = round_up(rows, row_step);
-    n = padded<M>(a.dim);
+    n = round_up(a.dim, row_unit<M>);
     words = n / M::step;
     scale = (Scalar)(scaling(a.scale).magnitude * log2_e);
     q = (Word*)scratch;
     scores = (Scalar*)(q + item.heads * all_rows * words);
-    probabilities = (Word*)(scores + row_step * tile_keys);
-    k_copy = (T*)(probabilities + row_step * tile_keys);
-    v_copy = k_copy + tile_keys * n;
+    copy = (T*)(scores + item.heads * all_rows * score_row<M>);
     acc = (Scalar*)(a.partials + item.partial * a.partial_bytes);
     states = (State*)(acc + item.heads * all_rows * n);
+    int64_t begin = 0, place = 0;
+    for (int i = 0; i < max_spans; begin += s.spans[i++].count) {
+      const int64_t first = most(item.first, begin), last = least(item.last, begin + s.spans[i].count);
+      segments[i] = {&s.spans[i], first - begin, first, most(last - first, 0), place};
+      place = round_up(place + segments[i].count, M::step);
+    }
   }
 };
 
@@ -85,38 +93,87 @@ MK_INLINE V sum_each(V (&t)[n]) {
   }
 }
 
-// Scores of MR rows with the keys of a block: width / MR keys at a time, each dot product summed across one lane group.
+template <int>
+struct Number {};
+
+template <class T>
+constexpr int widest = Decode<T>::M::width < row_step ? 2 : row_step;
+
+// f(row, how many) for groups of the rows that share a KV head; rows past the last are computed and never read.
+template <class T, class F>
+MK_INLINE void each_rows(const Decode<T>& t, F f) {
+  for (int64_t row = 0; row < t.rows; row += widest<T>) {
+    if (t.rows - row == 1)
+      f(row, Number<1>());
+    else if (t.rows - row == 2)
+      f(row, Number<2>());
+    else
+      f(row, Number<widest<T>>());
+  }
+}
+
+// Rows of up to `value_tile` keys that are not whole vectors are copied to a place where zeros follow.
+template <class T>
+MK_INLINE const T* whole_rows(const Decode<T>& t, const T* p, int64_t keys, int64_t& row) {
+  if (t.a.dim == t.n) return p;
+  for (int64_t i = 0; i < keys; i++) {
+    __builtin_memcpy(t.copy + i * t.n, p + i * row, t.a.dim * sizeof(T));
+    __builtin_memset(t.copy + i * t.n + t.a.dim, 0, (t.n - t.a.dim) * sizeof(T));
+  }
+  row = t.n;
+  return t.copy;
+}
+
+// Scores of MR rows with `keys` keys, at most width / MR: each dot product is summed across one group of lanes. What
+// lies `ahead` elements farther is read next.
 template <class T, int MR>
-MK_INLINE void block_scores(const Decode<T>& t, const Block<T>& b, const typename Decode<T>::Word* q) {
+MK_INLINE void row_scores(const Decode<T>& t, const T* k, int64_t k_row, int64_t keys, int64_t row, int64_t place,
+                          int64_t ahead) {
   using M = typename Decode<T>::M;
-  constexpr int keys = M::width / MR;
-  for (int64_t key = 0; key < b.keys; key += keys) {
-    typename M::Vec dots[M::width] = {};
-    const T* row[keys];
+  constexpr int group = M::width / MR;
+  const typename M::Word* q = t.q + row * t.words;
+  typename M::Vec dots[M::width] = {};
+  const T* from[group];
 #pragma GCC unroll 16
-    for (int j = 0; j < keys; j++) row[j] = b.k + least(key + j, b.keys - 1) * b.k_row;
-    for (int64_t w = 0; w < t.words; w += M::width) {
-      typename M::Words x[MR];
+  for (int j = 0; j < group; j++) from[j] = k + least(j, keys - 1) * k_row;
+  for (int64_t w = 0; w < t.words; w += M::width) {
+    typename M::Words x[MR];
 #pragma GCC unroll 4
-      for (int r = 0; r < MR; r++) x[r] = load_words<typename M::Words>(q + r * t.words + w);
+    for (int r = 0; r < MR; r++) x[r] = load_words<typename M::Words>(q + r * t.words + w);
 #pragma GCC unroll 16
-      for (int j = 0; j < keys; j++) {
-        const T* p = row[j] + w * M::step;
-        __builtin_prefetch((const char*)p + b.k_ahead);
-        typename M::Words y;
-        if constexpr (M::step == 1)
-          y = load(p);
-        else
-          y = load_words<typename M::Words>(p);
+    for (int j = 0; j < group; j++) {
+      typename M::Words y;
+      __builtin_prefetch(from[j] + w * M::step + ahead, 0, 2);
+      if constexpr (M::step == 1)
+        y = load(from[j] + w);
+      else
+        y = load_words<typename M::Words>(from[j] + w * M::step);
 #pragma GCC unroll 4
-        for (int r = 0; r < MR; r++) M::multiply_add(dots[r * keys + j], x[r], y);
-      }
+      for (int r = 0; r < MR; r++) M::multiply_add(dots[r * group + j], x[r], y);
     }
-    typename M::Scalar sums[M::width];
-    store_words(sums, sum_each(dots));
+  }
+  typename M::Scalar sums[M::width];
+  store_words(sums, sum_each(dots));
 #pragma GCC unroll 4
-    for (int r = 0; r < MR; r++)
-      __builtin_memcpy(t.scores + r * tile_keys + key, sums + r * keys, keys * sizeof(sums[0]));
+  for (int r = 0; r < MR; r++)
+    __builtin_memcpy(t.scores + (row + r) * score_row<M> + place, sums + r * group, group * sizeof(sums[0]));
+}
+
+// The heads take turns every few keys: with [slots, heads, dim] in memory that reads it from front to back.
+template <class T>
+void segment_scores(const Decode<T>& t, const Segment& s) {
+  constexpr int width = Decode<T>::M::width;
+  const int64_t step = t.rows == 1 ? width : t.rows == 2 ? width / 2 : width / widest<T>;
+  for (int64_t i = 0; i < s.count; i += step) {
+    const int64_t keys = least(step, s.count - i);
+    for (int64_t head = 0; head < t.item.heads; head++) {
+      int64_t k_row = s.span->k_row;
+      const T* k = (const T*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
+      k = whole_rows(t, k, keys, k_row);
+      each_rows(t, [&]<int n>(int64_t row, Number<n>) {
+        row_scores<T, n>(t, k, k_row, keys, head * t.all_rows + row, s.place + i, key_ahead * s.span->k_row);
+      });
+    }
   }
 }
 
@@ -133,128 +190,103 @@ MK_INLINE vu value_pairs(const bf16* even, const bf16* odd, int n) {
 }
 #endif
 
-// acc = factor * acc + P V for MR rows and NV vectors of columns from column d on.
+// acc += P V for MR rows and NV vectors of columns from column d on; `ahead` is the distance in bytes to the next head.
 template <class T, int MR, int NV>
-MK_INLINE void block_values(const Decode<T>& t, const Block<T>& b, typename Decode<T>::Scalar* acc,
-                            const typename Decode<T>::Scalar* factor, int64_t d) {
+MK_INLINE void row_values(const Decode<T>& t, const T* v, int64_t v_row, int64_t ahead, int64_t keys, int64_t row,
+                          int64_t place, int64_t d) {
   using M = typename Decode<T>::M;
-  typename M::Vec c[MR][NV];
-#pragma GCC unroll 4
-  for (int r = 0; r < MR; r++)
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; n++) c[r][n] = load_words<typename M::Vec>(acc + r * t.n + d + n * M::width) * factor[r];
-  const T* v = b.v + d;
+  constexpr int64_t p_row = score_row<M>;
+  const typename M::Word* p = (const typename M::Word*)(t.scores + row * p_row) + place / M::step;
+  typename M::Vec c[MR][NV] = {};
+  v += d;
   if constexpr (M::step == 1) {
-    multiply<M>(t.probabilities, tile_keys, b.keys, c, [&](int64_t k, int n) {
-      const T* p = v + k * b.v_row + n * M::width;
-      __builtin_prefetch((const char*)p + b.v_ahead);
-      return load(p);
+    multiply<M>(p, p_row, keys, c, [&](int64_t k, int n) {
+      const T* from = v + k * v_row + n * M::width;
+      __builtin_prefetch((const char*)from + ahead, 0, 2);
+      return load(from);
     });
   }
 #if MK_BF16
   else {
-    const int64_t pairs = b.keys / 2;
-    multiply<M>(t.probabilities, tile_keys / 2, pairs, c, [&](int64_t k, int n) {
-      const T *even = v + 2 * k * b.v_row, *odd = even + b.v_row;
-      __builtin_prefetch((const char*)((n % 2 ? odd : even) + n / 2 * 32) + b.v_ahead);
+    const int64_t pairs = keys / 2;
+    multiply<M>(p, p_row, pairs, c, [&](int64_t k, int n) {
+      const T *even = v + 2 * k * v_row, *odd = even + v_row;
+      __builtin_prefetch((const char*)((n % 2 ? odd : even) + n / 2 * 32) + ahead, 0, 2);
       return value_pairs(even, odd, n);
     });
-    if (b.keys % 2)
-      multiply<M>(t.probabilities + pairs, tile_keys / 2, 1, c,
-                  [&](int64_t, int n) { return value_pairs(v + 2 * pairs * b.v_row, nullptr, n); });
+    if (keys % 2)
+      multiply<M>(p + pairs, p_row, 1, c,
+                  [&](int64_t, int n) { return value_pairs(v + 2 * pairs * v_row, nullptr, n); });
   }
 #endif
+  typename M::Scalar* acc = t.acc + row * t.n + d;
 #pragma GCC unroll 4
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; n++) store_words(acc + r * t.n + d + n * M::width, c[r][n]);
+    for (int n = 0; n < NV; n++) {
+      typename M::Scalar* to = acc + r * t.n + n * M::width;
+      store_words(to, load_words<typename M::Vec>(to) + c[r][n]);
+    }
 }
 
-// MR rows from `row` on of the item's head `head` over a block; rows past the last are computed and never read.
 template <class T, int MR>
-void block_rows(const Decode<T>& t, const Block<T>& b, int64_t head, int64_t row) {
+MK_INLINE void all_columns(const Decode<T>& t, const T* v, int64_t v_row, int64_t ahead, int64_t keys, int64_t row,
+                           int64_t place) {
   using M = typename Decode<T>::M;
-  const int64_t index = head * t.all_rows + row;
-  block_scores<T, MR>(t, b, t.q + index * t.words);
-  typename M::Scalar factor[MR];
-  for (int r = 0; r < MR; r++) {
-    const int64_t query = least(row + r, t.rows - 1) / t.group;
-    const int64_t first = first_visible(t.a, t.s, query) - b.key, last = end_visible(t.a, t.s, query) - b.key;
-    typename M::Scalar* scores = t.scores + r * tile_keys;
-    const int64_t n = round_up(b.keys, 2 * M::width);
-    mask_row<M>(scores, n, first, least(last, b.keys));
-    factor[r] = softmax_row<M>(scores, t.probabilities + r * (tile_keys / M::step), n, t.scale, t.states[index + r]);
-  }
-  typename M::Scalar* acc = t.acc + index * t.n;
+  constexpr int64_t wide = strip_vectors * M::width;
   int64_t d = 0;
-  for (; d + strip_vectors * M::width <= t.n; d += strip_vectors * M::width)
-    block_values<T, MR, strip_vectors>(t, b, acc, factor, d);
+  for (; d + wide <= t.n; d += wide) row_values<T, MR, strip_vectors>(t, v, v_row, ahead, keys, row, place, d);
   if (strip_vectors == 4 && d + 2 * M::width <= t.n) {
-    block_values<T, MR, 2>(t, b, acc, factor, d);
+    row_values<T, MR, 2>(t, v, v_row, ahead, keys, row, place, d);
     d += 2 * M::width;
   }
   if constexpr (M::step == 1)
-    if (d < t.n) block_values<T, MR, 1>(t, b, acc, factor, d);
+    if (d < t.n) row_values<T, MR, 1>(t, v, v_row, ahead, keys, row, place, d);
 }
 
 template <class T>
-void block(const Decode<T>& t, Block<T> b, int64_t head) {
-  for (int64_t row = 0; row < t.rows; row += row_step) {
-    const int64_t left = t.rows - row;
-    constexpr int wide = Decode<T>::M::width < row_step ? 2 : row_step;
-    if (left >= 3 && wide == row_step)
-      block_rows<T, wide>(t, b, head, row);
-    else if (left >= 2)
-      for (int64_t r = 0; r < least(left, row_step); r += 2) block_rows<T, 2>(t, b, head, row + r);
-    else
-      block_rows<T, 1>(t, b, head, row);
-    b.k_ahead = b.v_ahead = 0;  // once is enough
+void segment_values(const Decode<T>& t, const Segment& s) {
+  for (int64_t i = 0; i < s.count; i += value_tile) {
+    const int64_t keys = least(value_tile, s.count - i);
+    for (int64_t head = 0; head < t.item.heads; head++) {
+      int64_t v_row = s.span->v_row;
+      const bool last = head + 1 == t.item.heads;
+      const int64_t ahead = (last ? value_tile * v_row - head * s.span->v_head : s.span->v_head) * (int64_t)sizeof(T);
+      const T* v = (const T*)s.span->v + (s.at + i) * v_row + (t.item.head + head) * s.span->v_head;
+      v = whole_rows(t, v, keys, v_row);
+      each_rows(t, [&]<int n>(int64_t row, Number<n>) {
+        all_columns<T, n>(t, v, v_row, ahead, keys, head * t.all_rows + row, s.place + i);
+      });
+    }
   }
 }
 
-// Rows that are not whole vectors are copied to a place where zeros follow.
+// Scores become probabilities; those of keys that the row does not see, and of the places between spans, become 0.
 template <class T>
-void copy_block(const Decode<T>& t, Block<T>& b) {
-  for (int64_t i = 0; i < b.keys; i++) {
-    __builtin_memcpy(t.k_copy + i * t.n, b.k + i * b.k_row, t.a.dim * sizeof(T));
-    __builtin_memcpy(t.v_copy + i * t.n, b.v + i * b.v_row, t.a.dim * sizeof(T));
-    __builtin_memset(t.k_copy + i * t.n + t.a.dim, 0, (t.n - t.a.dim) * sizeof(T));
-    __builtin_memset(t.v_copy + i * t.n + t.a.dim, 0, (t.n - t.a.dim) * sizeof(T));
-  }
-  b.k = t.k_copy;
-  b.v = t.v_copy;
-  b.k_row = b.v_row = t.n;
-  b.k_ahead = b.v_ahead = 0;
-}
-
-// All heads of the item over up to `tile_keys` keys of one span, from its key `at` on.
-template <class T>
-void heads(const Decode<T>& t, const AttentionItem& item, const KeySpan& span, int64_t at, int64_t key, int64_t keys) {
-  for (int64_t head = 0; head < item.heads; head++) {
-    const bool end = head + 1 == item.heads;
-    Block<T> b;
-    b.k = (const T*)span.k + at * span.k_row + (item.head + head) * span.k_head;
-    b.v = (const T*)span.v + at * span.v_row + (item.head + head) * span.v_head;
-    b.k_row = span.k_row;
-    b.v_row = span.v_row;
-    b.k_ahead = (end ? tile_keys * span.k_row - head * span.k_head : span.k_head) * (int64_t)sizeof(T);
-    b.v_ahead = (end ? tile_keys * span.v_row - head * span.v_head : span.v_head) * (int64_t)sizeof(T);
-    b.key = key;
-    b.keys = keys;
-    if (t.a.dim != t.n) copy_block(t, b);
-    block(t, b, head);
-  }
-}
-
-template <class T>
-void start(const Decode<T>& t, const AttentionItem& item) {
+void softmax(const Decode<T>& t, int64_t head, int64_t row) {
   using M = typename Decode<T>::M;
-  for (int64_t i = 0; i < item.heads * t.all_rows; i++) {
-    const int64_t head = i / t.all_rows, row = least(i % t.all_rows, t.rows - 1);
-    const T* q =
-        (const T*)t.s.q + row / t.group * t.a.q_row + ((item.head + head) * t.group + row % t.group) * t.a.q_head;
+  const int64_t query = row / t.group, first = first_visible(t.a, t.s, query), last = end_visible(t.a, t.s, query);
+  const int64_t index = head * t.all_rows + row;
+  typename M::Scalar* scores = t.scores + index * score_row<M>;
+  int64_t end = 0;
+  for (const Segment& s : t.segments) {
+    for (; end < s.place; end++) scores[end] = -INFINITY;
+    mask_row<M>(scores + s.place, s.count, first - s.key, last - s.key);
+    end = s.place + s.count;
+  }
+  const int64_t n = most(round_up(end, 2 * M::width), 2 * M::width);
+  for (; end < n; end++) scores[end] = -INFINITY;
+  t.states[index] = {-INFINITY, 0};
+  softmax_row<M>(scores, (typename M::Word*)scores, n, t.scale, t.states[index]);
+}
+
+template <class T>
+void start(const Decode<T>& t) {
+  using M = typename Decode<T>::M;
+  for (int64_t i = 0; i < t.item.heads * t.all_rows; i++) {
+    const int64_t row = least(i % t.all_rows, t.rows - 1), q_head = (t.item.head + i / t.all_rows) * t.group;
+    const T* q = (const T*)t.s.q + row / t.group * t.a.q_row + (q_head + row % t.group) * t.a.q_head;
     pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + i * t.words);
-    t.states[i] = {-INFINITY, 0};
     for (int64_t d = 0; d < t.n; d += M::width) store_words(t.acc + i * t.n + d, typename M::Vec{});
   }
 }
@@ -262,14 +294,11 @@ void start(const Decode<T>& t, const AttentionItem& item) {
 template <class T>
 void decode(const Attention& a, const AttentionItem& item, char* scratch) {
   const Decode<T> t(a, item, scratch);
-  start(t, item);
-  int64_t begin = 0;
-  for (const KeySpan& span : t.s.spans) {
-    const int64_t last = least(item.last, begin + span.count);
-    for (int64_t key = most(item.first, begin); key < last; key += tile_keys)
-      heads(t, item, span, key - begin, key, least(tile_keys, last - key));
-    begin += span.count;
-  }
+  start(t);
+  for (const Segment& s : t.segments) segment_scores(t, s);
+  for (int64_t head = 0; head < item.heads; head++)
+    for (int64_t row = 0; row < t.rows; row++) softmax(t, head, row);
+  for (const Segment& s : t.segments) segment_values(t, s);
 }
 
 // The partial results of one row, in the order of the keys.

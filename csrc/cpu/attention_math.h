@@ -95,11 +95,38 @@ MK_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+template <int... I>
+struct Indices {};
+template <int n, int... I>
+struct Count : Count<n - 1, n - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using type = Indices<I...>;
+};
+
+template <int by, class V, int... I>
+MK_INLINE V rotate(V v, Indices<I...>) {
+  return __builtin_shufflevector(v, v, (I + by) % int{sizeof...(I)}...);
+}
+
+// Joins all lanes by halves, which is a fixed order; lane by lane the compiler goes through memory, at twice the time
+// of a short row's whole softmax.
+template <int half, class V, class Join>
+MK_INLINE auto fold(V v, Join join) {
+  if constexpr (half == 0)
+    return v[0];
+  else
+    return fold<half / 2>(join(v, rotate<half>(v, typename Count<sizeof(V) / sizeof(v[0])>::type())), join);
+}
+
 template <class M>
 MK_INLINE typename M::Scalar largest(typename M::Vec v) {
-  for (int half = M::width / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-  return v[0];
+  return fold<M::width / 2>(v, [](auto a, auto b) { return larger(a, b); });
+}
+
+template <class M>
+MK_INLINE typename M::Scalar total(typename M::Vec v) {
+  return fold<M::width / 2>(v, [](auto a, auto b) { return a + b; });
 }
 
 // c[r][n] += sum over k of a[r, k] * column(k, n).
@@ -214,7 +241,7 @@ MK_INLINE typename M::Scalar softmax_row(const typename M::Scalar* s, typename M
     sum1 += e1;
     store_probabilities<M>(p + j / M::step, e0, e1);
   }
-  state = {top, state.sum * factor + sum(sum0 + sum1)};
+  state = {top, state.sum * factor + total<M>(sum0 + sum1)};
   return factor;
 }
 

@@ -20,15 +20,6 @@ MK_INLINE int64_t value_columns(int64_t dim) {
   return round_up(dim, M::width);
 }
 
-template <int... I>
-struct Indices {};
-template <int n, int... I>
-struct Count : Count<n - 1, n - 1, I...> {};
-template <int... I>
-struct Count<0, I...> {
-  using type = Indices<I...>;
-};
-
 // Exchanges the blocks of `half` lanes at odd places in a with those at even places in b.
 template <int half, class V, int... I>
 MK_INLINE void exchange(V& a, V& b, Indices<I...>) {
