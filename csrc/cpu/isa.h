@@ -8,7 +8,7 @@
 //                      setup.py compiles the file once a tier, with MK_ISA, MK_LANES and MK_BF16 set.
 //   csrc/torch/<op>.cpp  includes "torch/binding.h" and calls `pick(foo_tiers).run(...)`.
 //
-// A file of csrc/cpu includes only <cstdint>, <cmath> and <immintrin.h>: an inline function of the standard library
+// A file of csrc/cpu includes only <cstdint>, <cmath> and the intrinsics: an inline function of the standard library
 // compiled here for AVX-512 could be the copy that the linker keeps for everyone, and stop older processors.
 #pragma once
 #include <cstdint>

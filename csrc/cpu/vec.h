@@ -15,6 +15,8 @@
 #include <cstdint>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/isa.h"
@@ -111,6 +113,8 @@ struct Format<f16> {
     return (vf)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
     return (vf)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__aarch64__)
+    return (vf)vcvt_f32_f16((float16x4_t)h);
 #else
     // The exponent moves from bias 15 to 127; infinities and subnormals need one step more.
     const vu u = widen(h), magnitude = u & 0x7fffu, sign = (u & 0x8000u) << 16;
@@ -126,6 +130,8 @@ struct Format<f16> {
     return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
     return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+    return (vh)vcvt_f16_f32((float32x4_t)v);
 #else
     const vu u = (vu)v, sign = u & 0x80000000u, magnitude = u ^ sign;
     const vu normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
