@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     """
 
     tensors: list[torch.Tensor]
-    count: int
+    total: int
     depth: int
     sizes: tuple[int, int]
     strides: list[tuple[int, int, int]]

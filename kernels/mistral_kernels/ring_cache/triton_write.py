@@ -202,10 +202,10 @@ def _rope_write_kernel(
 class _Tokens(NamedTuple):
     """Tokens as `[B, S]`: how many, S, the strides (batch, token, head) of each tensor, and those of positions."""
 
-    count: int
+    total: int
     length: int
-    strides: list[tuple[int, int, int]]
-    position_strides: tuple[int, int]
+    strides: list[tuple[int, ...]]
+    position_strides: tuple[int, ...]
 
 
 def _tokens(positions: torch.Tensor, cu: torch.Tensor | None, *tensors: torch.Tensor) -> _Tokens:
@@ -250,7 +250,7 @@ def write_kv(
         strides = [s for some in (*t.strides, k_cache.stride()[:3], v_cache.stride()[:3]) for s in some]
         launch(
             _write_kernel,
-            t.count * blocks(heads, tile),
+            t.total * blocks(heads, tile),
             k.device,
             k,
             v,
@@ -300,7 +300,7 @@ def rope_write_kv(
         strides = [s for some in (*t.strides, k_cache.stride()[:3], v_cache.stride()[:3]) for s in some]
         launch(
             _rope_write_kernel,
-            t.count * (blocks(q_heads, tile) + blocks(heads, tile)),
+            t.total * (blocks(q_heads, tile) + blocks(heads, tile)),
             q.device,
             q,
             k,

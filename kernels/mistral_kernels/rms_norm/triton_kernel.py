@@ -194,7 +194,7 @@ def _run(
     high, rest = _share(n)
     launch(
         kernel,
-        blocks(r.count, together),
+        blocks(r.total, together),
         x.device,
         r.tensors[0],
         None if residual is None else r.tensors[1],
@@ -203,7 +203,7 @@ def _run(
         total,
         rstd,
         eps,
-        r.count,
+        r.total,
         *r.sizes,
         *strides,
         N=n,

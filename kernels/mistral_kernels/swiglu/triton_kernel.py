@@ -72,11 +72,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     block = min(power_of_2(n), TILE)
     launch(
         _swiglu_kernel,
-        blocks(r.count, TILE // block) * blocks(n, block),
+        blocks(r.total, TILE // block) * blocks(n, block),
         y.device,
         *r.tensors,
         y,
-        r.count,
+        r.total,
         *r.sizes,
         *r.strides[0],
         *r.strides[1],
