@@ -165,6 +165,18 @@ def speeds(runs: dict[str, Callable[[], tuple[float, float]]], prompt: int, roun
     }
 
 
+def all_speeds(reference: Transformer, fused: Transformer, tokens: list[int], count: int, rounds: int) -> dict:
+    """Of both, and of Hugging Face where it is installed."""
+    theirs = hugging_face(reference)
+    runs: dict[str, Callable] = {
+        "reference": lambda: ours_timed(reference, tokens, count),
+        "fused": lambda: ours_timed(fused, tokens, count),
+    }
+    if theirs is not None:
+        runs["Hugging Face"] = lambda: theirs_timed(theirs, tokens, count)
+    return speeds(runs, len(tokens), rounds)
+
+
 # ---- the whole ----
 
 
@@ -190,25 +202,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ),
         text_tokens=len(tokens),
         question=options.question,
+        continuations={},
     )
     dtypes = (torch.float32, torch.bfloat16)
     result["ops"] = {name_of(d): demo_report.verdict_rows(op_parity(reference, tokens, d)) for d in dtypes}
     result["logits"] = {
-        name_of(d): demo_report.error_row(logit_parity(reference, tokens, d))
+        name_of(d): demo_report.logit_row(logit_parity(reference, tokens, d))
         for d in tqdm(dtypes, desc="logits", leave=False)
     }
     for label, ids in (("prompt", prompt), ("long text", tokens)):
         found = continuations(reference, fused, ids, tokenizer.stop_ids, options.max_tokens)
         found["text"] = [tokenizer.decode(found[which]) for which in ("reference", "fused")]
-        result.setdefault("continuations", {})[label] = found
-    theirs = hugging_face(reference)
-    runs: dict[str, Callable] = {
-        "reference": lambda: ours_timed(reference, tokens, options.max_tokens),
-        "fused": lambda: ours_timed(fused, tokens, options.max_tokens),
-    }
-    if theirs is not None:
-        runs["Hugging Face"] = lambda: theirs_timed(theirs, tokens, options.max_tokens)
-    result["speed"] = speeds(runs, len(tokens), options.rounds)
+        result["continuations"][label] = found
+    result["speed"] = all_speeds(reference, fused, tokens, options.max_tokens, options.rounds)
     return result
 
 

@@ -65,7 +65,7 @@ def result(ratio=0.5, parts_at=None):
         text_tokens=9,
         question="Why?",
         ops=dict(float32=demo_report.verdict_rows({"rms_norm": verdict})),
-        logits=dict(float32=demo_report.error_row(errors)),
+        logits=dict(float32=demo_report.logit_row(errors)),
         continuations=dict(prompt=found),
         speed={name: dict(prefill=speed, decode=speed) for name in demo_report.COLOURS},
     )

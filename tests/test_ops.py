@@ -1,8 +1,11 @@
 """What every op promises to torch and to its caller, whichever implementation runs."""
 
-import mistral_kernels as mk
+import dataclasses
+
 import pytest
 import torch
+
+import mistral_kernels as mk
 from mistral_kernels import testing
 from mistral_kernels.testing import fill
 
@@ -313,3 +316,7 @@ def test_few_rows_are_judged_together():
     sound = [testing.compare("out", r.bfloat16(), r.bfloat16(), r) for r in rows]
     assert all(e.passed for e in biased)
     assert testing.pooled(biased) > 1 > testing.pooled(sound)
+    lucky = dataclasses.replace(sound[0], max_error=4.0, max_eager=0.0, max_budget=1.0)
+    ordinary = dataclasses.replace(sound[0], max_error=4.0, max_eager=3.0, max_budget=7.0)
+    assert testing.pooled_max([lucky]) > 1 > testing.pooled_max([lucky, ordinary])
+    assert testing.pooled_max([dataclasses.replace(lucky, rows=16), ordinary]) > 1

@@ -3,10 +3,11 @@
 import itertools
 import math
 
-import mistral_kernels
 import pytest
 import torch
 import torch.nn.functional as F
+
+import mistral_kernels
 from mistral_kernels import reference
 from mistral_kernels.attention.reference import visible
 from mistral_kernels.testing import fill

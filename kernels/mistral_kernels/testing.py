@@ -71,6 +71,23 @@ def pooled(errors: Iterable[Errors]) -> float:
     return _share(math.sqrt(error), math.sqrt(budget))
 
 
+def pooled_max(errors: Iterable[Errors]) -> float:
+    """The largest share of its budget that an output's largest error takes; nan where one is.
+
+    Outputs of few rows are judged together, each relative to its truth: in a row alone the eager op may happen to
+    round exactly, and leave nothing to compare with.
+    """
+    shares, error, budget = [], 0.0, 0.0
+    for e in errors:
+        if e.rows >= FEW_ROWS or not e.scale > 0:
+            shares.append(e.max_ratio)
+        else:
+            error, budget = max(error, e.max_error / e.scale), max(budget, e.max_budget / e.scale)
+    if budget:
+        shares.append(_share(error, budget))
+    return math.nan if any(math.isnan(s) for s in shares) else max(shares, default=0.0)
+
+
 def _share(error: float, budget: float) -> float:
     return error / budget if budget > 0 else (0.0 if error == 0 else math.inf if error > 0 else math.nan)
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -67,12 +68,13 @@ def accumulate(acc, p, v, decay):
 
 
 @triton.jit
-def softmax_step(scores, m, den, scale2, MASKED: tl.constexpr):
+def softmax_step(scores, highest, m, den, scale2, MASKED: tl.constexpr):
     """One step of the online softmax in base 2: probabilities, decay of what was summed before, new maximum, new sum.
 
-    MASKED says that a row may have seen no key yet; its maximum −inf must not meet itself in a difference.
+    highest: of each row of scores. MASKED says that a row may have seen no key yet; its maximum −inf must not meet
+    itself in a difference.
     """
-    new_m = tl.maximum(m, tl.max(scores, 1) * scale2)
+    new_m = tl.maximum(m, highest * scale2)
     if MASKED:
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
     else:
@@ -89,13 +91,16 @@ def normalise(acc, den):
 
 
 @triton.jit
-def log_sum(m, den, scale, scale2):
+def log_sum(top, m, den, scale, scale2):
     """The natural logarithm of the softmax's denominator; −inf where no key was seen.
 
-    scale / scale2 is ln 2 but for the rounding of scale2, which it undoes; the default division is not exact enough.
+    It starts from `top`, the largest score unscaled, and adds what the rounding of m took away: from m alone, the
+    roundings of scale2, m and ln 2 would add up to more than the rest of the error.
     """
-    back = tl.div_rn(scale, scale2)
-    return tl.where(den == 0.0, float("-inf"), m * back + tl.log(tl.where(den == 0.0, 1.0, den)))
+    dead = den == 0.0
+    top = tl.where(dead, 0.0, top)
+    rounded = tl.fma(top, -scale2, tl.where(dead, 0.0, m))
+    return tl.where(dead, float("-inf"), top * scale + (rounded * LN2 + tl.log(tl.where(dead, 1.0, den))))
 
 
 @dataclasses.dataclass(frozen=True)

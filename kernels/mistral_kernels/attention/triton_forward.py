@@ -26,11 +26,14 @@ from .triton_blocks import (
 
 
 @triton.jit
-def _visible(scores, start, positions, end, W, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """−inf where a query does not see a key. Causal order implies `key < end`: the last query stands at end − 1."""
+def _visible(
+    scores, start, position, end, W, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):
+    """−inf where a query does not see a key; the first stands at `position`. Causal order implies `key < end`: the
+    last query stands at end − 1."""
     keys = start + tl.arange(0, BN)
     if CAUSAL:
-        distance = positions[:, None] - keys[None, :]
+        distance = (position + tl.arange(0, BM))[:, None] - keys[None, :]
         seen = distance >= 0
         if WINDOW:
             seen = seen & (distance < W)
@@ -41,8 +44,8 @@ def _visible(scores, start, positions, end, W, BN: tl.constexpr, CAUSAL: tl.cons
 
 @triton.jit
 def _block(
-    acc, m, den, p, decay, q, k_ptr, k_desc, v_ptr, v_desc, start, end, positions, scale2, s_kn, s_vn, W,
-    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, LAG: tl.constexpr,
+    acc, top, m, den, p, decay, q, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, LAG: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One block of keys. With LAG the product with V is that of the block before: it has nothing to wait for, so on
@@ -53,12 +56,14 @@ def _block(
         v = load_keys(v_ptr, v_desc, start - BN, end, s_vn, D, DP, BN, TMA, True)
         acc = accumulate(acc, p, v, decay)
     if MASKED:
-        scores = _visible(scores, start, positions, end, W, BN, CAUSAL, WINDOW)
-    p, decay, m, den = softmax_step(scores, m, den, scale2, MASKED)
+        scores = _visible(scores, start, position, end, W, BM, BN, CAUSAL, WINDOW)
+    highest = tl.max(scores, 1)
+    p, decay, m, den = softmax_step(scores, highest, m, den, scale2, MASKED)
+    top = tl.maximum(top, highest)
     if not LAG:
         v = load_keys(v_ptr, v_desc, start, end, s_vn, D, DP, BN, TMA, not MASKED)
         acc = accumulate(acc, p, v, decay)
-    return acc, m, den, p, decay
+    return acc, top, m, den, p, decay
 
 
 @triton.jit
@@ -110,7 +115,7 @@ def attention_forward(
     columns = tl.arange(0, DP)
     live = first_row + rows < S
     shift = Sk - S
-    positions = first_row + shift + rows
+    position = first_row + shift
 
     # Keys lo..hi are seen by some query of the tile; the blocks in full_lo..full_hi by all of them.
     last = tl.minimum(first_row + BM, S) - 1 + shift
@@ -118,12 +123,12 @@ def attention_forward(
     full_lo = 0
     if CAUSAL:
         hi = last + 1
-        full_hi = tl.maximum(first_row + shift + 1, 0) // BN * BN
+        full_hi = tl.maximum(position + 1, 0) // BN * BN
     else:
         hi = Sk
         full_hi = Sk // BN * BN
     if WINDOW:
-        lo = tl.maximum(first_row + shift - W + 1, 0) // BN * BN
+        lo = tl.maximum(position - W + 1, 0) // BN * BN
         full_lo = (tl.maximum(last - W + 1, 0) + BN - 1) // BN * BN
     full_hi = tl.maximum(full_hi, lo)
     full_lo = tl.minimum(tl.maximum(full_lo, lo), full_hi)
@@ -131,6 +136,7 @@ def attention_forward(
     acc = tl.zeros([BM, DP], tl.float32)
     den = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
+    top = m
     if hi <= 0:
         _store(Out, Lse, acc, m, q0 + first_row, lse_row, rows, live, h, H, D, DP)
         return
@@ -149,29 +155,30 @@ def attention_forward(
     start = lo
     if LAG:
         k = load_keys(K, k_desc, lo, Sk, s_kn, D, DP, BN, TMA, False)
-        scores = _visible(product(q, k), lo, positions, Sk, W, BN, CAUSAL, WINDOW)
-        p, decay, m, den = softmax_step(scores, m, den, scale2, True)
+        scores = _visible(product(q, k), lo, position, Sk, W, BM, BN, CAUSAL, WINDOW)
+        top = tl.max(scores, 1)
+        p, decay, m, den = softmax_step(scores, top, m, den, scale2, True)
         start = lo + BN
     if WINDOW:
         for n in tl.range(start, full_lo, BN, num_stages=STAGES):
-            acc, m, den, p, decay = _block(
-                acc, m, den, p, decay, q, K, k_desc, V, v_desc, n, Sk, positions, scale2, s_kn, s_vn, W,
-                D, DP, BN, TMA, LAG, True, CAUSAL, WINDOW,
+            acc, top, m, den, p, decay = _block(
+                acc, top, m, den, p, decay, q, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+                D, DP, BM, BN, TMA, LAG, True, CAUSAL, WINDOW,
             )  # fmt: skip
     for n in tl.range(tl.maximum(start, full_lo), full_hi, BN, num_stages=STAGES):
-        acc, m, den, p, decay = _block(
-            acc, m, den, p, decay, q, K, k_desc, V, v_desc, n, Sk, positions, scale2, s_kn, s_vn, W,
-            D, DP, BN, TMA, LAG, False, CAUSAL, WINDOW,
+        acc, top, m, den, p, decay = _block(
+            acc, top, m, den, p, decay, q, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+            D, DP, BM, BN, TMA, LAG, False, CAUSAL, WINDOW,
         )  # fmt: skip
     for n in tl.range(tl.maximum(start, full_hi), hi, BN, num_stages=STAGES):
-        acc, m, den, p, decay = _block(
-            acc, m, den, p, decay, q, K, k_desc, V, v_desc, n, Sk, positions, scale2, s_kn, s_vn, W,
-            D, DP, BN, TMA, LAG, True, CAUSAL, WINDOW,
+        acc, top, m, den, p, decay = _block(
+            acc, top, m, den, p, decay, q, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+            D, DP, BM, BN, TMA, LAG, True, CAUSAL, WINDOW,
         )  # fmt: skip
     if LAG:
         v = load_keys(V, v_desc, tl.maximum(lo, (hi - 1) // BN * BN), Sk, s_vn, D, DP, BN, TMA, False)
         acc = accumulate(acc, p, v, decay)
-    lse = log_sum(m, den, scale, scale2)
+    lse = log_sum(top, m, den, scale, scale2)
     _store(Out, Lse, normalise(acc, den), lse, q0 + first_row, lse_row, rows, live, h, H, D, DP)
 
 
@@ -182,13 +189,13 @@ CONFIGS = {
     (80, 128, 16): Config(128, 64, 8, 3),
     (80, 256, 16): Config(64, 64, 8, 2),
     (86, 64, 16): Config(128, 64, 4, 2),
-    (86, 128, 16): Config(128, 32, 4, 2),
-    (86, 256, 16): Config(64, 32, 4, 2),
+    (86, 128, 16): Config(128, 32, 8, 3),
+    (86, 256, 16): Config(64, 32, 8, 2),
     # 383 / 406 / 414; by TMA 369 / 390 / 364; without lag, 128 rows: 356 / 429 / 403, but spills
     (90, 64, 16): Config(64, 64, 4, 3, lag=True),
     # 453 / 513 / 466; by pointers 437 / 519 / 462, but spills under Triton 3.9; 128 x 128 with 8 warps 410 / 453 / 453
     (90, 128, 16): Config(64, 64, 4, 2, tma=True, lag=True),
-    # 529 / 651 / 583; without lag 475 / 531 / 538
+    # 529 / 651 / 583; without lag 475 / 531 / 538. Triton 3.9 reloads one value a block
     (90, 256, 16): Config(128, 64, 8, 2, tma=True, lag=True),
     # Not timed, like 80 and 86: the largest tiles that compile without spills in the main loop
     (100, 64, 16): Config(128, 128, 8, 2, tma=True),
@@ -210,12 +217,16 @@ def production_config(device_family: int, dim: int, itemsize: int) -> Config:
 
 def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Config:
     """The production config; with pointers where TMA cannot read k and v."""
-    config = production_config(family(q.device), q.shape[-1], q.element_size())
-    if not config.tma or describable(k, v):
-        return config
-    if family(q.device) == 90:
-        return dataclasses.replace(config, tma=False)
-    return production_config(80, q.shape[-1], q.element_size())
+    case = (family(q.device), q.shape[-1], q.element_size())
+    config = production_config(*case)
+    return config if not config.tma or describable(k, v) else without_tma(*case)
+
+
+def without_tma(device_family: int, dim: int, itemsize: int) -> Config:
+    """Pointers need registers for addresses: on sm_90 up to D=128 the same tile has them, else sm_80's tile does."""
+    if device_family == 90 and padded(dim) <= 128:
+        return dataclasses.replace(production_config(90, dim, itemsize), tma=False)
+    return production_config(80, dim, itemsize)
 
 
 def attention(
@@ -234,7 +245,7 @@ def attention(
     packed = cu_q is not None and cu_k is not None
     heads, dim = q.shape[-2:]
     tokens = q.shape[0] if packed else q.shape[1]
-    sequences = cu_q.numel() - 1 if packed else q.shape[0]
+    sequences = q.shape[0] if cu_q is None else cu_q.numel() - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = (heads, tokens) if packed else (sequences, heads, tokens)
     lse = torch.empty(rows, dtype=torch.float32, device=q.device)

@@ -46,7 +46,7 @@ def _block(
         if WINDOW:
             seen = seen & (distance < W)
         scores = tl.where(seen, scores, float("-inf"))
-    p, decay, m, den = softmax_step(scores, m, den, scale2, MASKED)
+    p, decay, m, den = softmax_step(scores, tl.max(scores, 1), m, den, scale2, MASKED)
     return accumulate(acc, p, v, decay), m, den
 
 
@@ -268,11 +268,10 @@ def attention_cached(
     q, scale = positive_scale(readable(q), scale)
     new = (k_new, v_new) if k_new is not None and v_new is not None else ()
     tensors = [readable(t) for t in (q, k_cache, v_cache, *new)]
+    parts: list[torch.Tensor | None] = [None] * 3
     if cut.splits > 1:
         size = (cut.splits, rows, padded(dim))
         parts = [torch.empty(s, dtype=torch.float32, device=q.device) for s in (size, size[:2], size[:2])]
-    else:
-        parts = [None] * 3
     launch(
         attention_ring, cut.splits * cut.tiles * batch * kv_heads, cut.config,
         *tensors, *(() if new else (None, None)), seq_lens, cu, out, *parts, scale, *_strides(tensors, cu is not None),
@@ -293,7 +292,7 @@ COMBINE = Config(rows=16, keys=0, warps=4, stages=1)
 
 def _strides(tensors: list[torch.Tensor], packed: bool) -> list[int]:
     """(sequence, token, head) of q, the caches and the chunk. Packed without cu: one token a sequence."""
-    strides = []
+    strides: list[int] = []
     for t in tensors:
         if t.dim() == 4:
             strides += t.stride()[:3]
