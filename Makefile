@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-slow verify lint format build clean
+.PHONY: help demo test test-slow verify parity-docs lint format build clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,11 @@ test-slow: build $(STAMPS)/sample ## the long grids too
 
 verify: build ## parity of every op and implementation on this machine
 	$(BIN)/python -m mistral_kernels.verify
+
+parity-docs: build ## docs/parity.md: what this machine can verify, beside what others left in docs/parity/
+	$(BIN)/python -m mistral_kernels.verify --json docs/parity/CPU.json
+	$(BIN)/python -m mistral_kernels.verify --interpret --impl triton --json docs/parity/Triton_interpreter.json
+	$(BIN)/python scripts/parity_docs.py
 
 lint: $(STAMPS)/requirements ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

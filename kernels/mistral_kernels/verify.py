@@ -14,6 +14,7 @@ import platform
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,13 @@ def machine() -> dict[str, Any]:
     """What a reader needs to know of where the ratios come from."""
     import torch
 
+    from ._dispatch import backends, triton_interpreted
+
     facts = dict(torch=torch.__version__, python=platform.python_version(), cpu=platform.processor() or "unknown")
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
+    if (triton := backends()["triton"]) is None:
+        facts["triton"] = version("triton") + (" (interpreter)" if triton_interpreted() else "")
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
