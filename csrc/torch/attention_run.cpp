@@ -150,7 +150,8 @@ class Run {
   // The pieces depend on the sequence alone, so results do not depend on the threads or on the rest of the batch.
   void plan_decode(int64_t index) {
     const AttentionSequence& s = sequences_[index];
-    const int64_t begin = s.first_key, keys = s.keys - begin, length = keys > 4 * piece_keys ? piece_keys : piece_keys / 2;
+    const int64_t begin = s.first_key, keys = s.keys - begin,
+                  length = keys > 4 * piece_keys ? piece_keys : piece_keys / 2;
     const int64_t pieces = std::max<int64_t>(1, (keys + length - 1) / length), rows = s.queries * group_;
     most_decode_rows_ = std::max(most_decode_rows_, rows);
     for (int64_t head = 0; head < a_.kv_heads; head += decode_heads, joins_++) {
