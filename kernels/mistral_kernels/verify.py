@@ -130,7 +130,7 @@ def machine() -> dict[str, Any]:
     facts = dict(torch=torch.__version__, python=platform.python_version(), cpu=platform.processor() or "unknown")
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
-    if (triton := backends()["triton"]) is None:
+    if backends()["triton"] is None:
         facts["triton"] = version("triton") + (" (interpreter)" if triton_interpreted() else "")
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
