@@ -76,7 +76,9 @@ def op_parity(model: Transformer, tokens: list[int], dtype: torch.dtype) -> dict
     with torch.inference_mode():
         watched(ids[None, : min(len(tokens), 384)])
         cache = RingCache(watched.config, batch=1, max_seq_len=len(tokens), dtype=dtype)
-        for chunk in tqdm((*ids[:-3].split(300), *ids[-3:].split(1)), desc=f"ops in {name_of(dtype)}", leave=False):
+        for chunk in tqdm(
+            (*ids[:-3].split(300), *ids[-3:].split(1)), desc=f"ops in {name_of(dtype)}", leave=False, disable=None
+        ):
             watched(chunk, cache=cache, lengths=[len(chunk)], last_only=True)
     return verdicts
 
@@ -153,7 +155,7 @@ def theirs_timed(model: Any, prompt: list[int], count: int) -> tuple[float, floa
 def speeds(runs: dict[str, Callable[[], tuple[float, float]]], prompt: int, rounds: int) -> dict[str, dict]:
     """Tokens a second of prefill and decoding: medians with the lowest and highest of rounds taken in turn."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for n in tqdm(range(rounds + 1), desc="speed", leave=False):
+    for n in tqdm(range(rounds + 1), desc="speed", leave=False, disable=None):
         for name, run in runs.items():
             seconds = run()
             if n:  # the first round warms up
@@ -208,7 +210,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result["ops"] = {name_of(d): demo_report.verdict_rows(op_parity(reference, tokens, d)) for d in dtypes}
     result["logits"] = {
         name_of(d): demo_report.logit_row(logit_parity(reference, tokens, d))
-        for d in tqdm(dtypes, desc="logits", leave=False)
+        for d in tqdm(dtypes, desc="logits", leave=False, disable=None)
     }
     for label, ids in (("prompt", prompt), ("long text", tokens)):
         found = continuations(reference, fused, ids, tokenizer.stop_ids, options.max_tokens)

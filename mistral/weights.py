@@ -135,7 +135,9 @@ def _read(
 def bar(label: str, tensors: Sequence[Stored], progress: bool) -> Any:
     """A progress bar in bytes."""
     total = sum(tensor.bytes for tensor in tensors)
-    return need("tqdm").tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not progress, leave=False)
+    return need("tqdm").tqdm(
+        total=total, unit="B", unit_scale=True, desc=label, disable=None if progress else True, leave=False
+    )
 
 
 def load_model(
