@@ -31,6 +31,7 @@ CALLS = {
     "rope": lambda: (*qkv()[:2], COS, SIN, torch.arange(14).view(2, 7), True, False),
     "attention": lambda: (*qkv(), 3, 0.4, True, None, None, 7, 7),
     "rms_norm_backward": lambda: (fill((3, 8)), fill((3, 8)), fill((8,)), fill((3,)), True),
+    "add_rms_norm_backward": lambda: (*(fill((3, 8), seed=s) for s in range(3)), fill((8,)), fill((3,)), False),
     "swiglu_backward": lambda: (fill((3, 8)), fill((3, 8)), fill((3, 8), seed=1)),
     "swiglu_packed_backward": lambda: (fill((3, 4)), fill((3, 8))),
 }

@@ -28,6 +28,12 @@ _backward = Op(
     eager=reference.rms_norm_backward,
     fake=_fake_backward,
 )
+_add_backward = Op(
+    "add_rms_norm_backward(Tensor dy, Tensor dtotal, Tensor total, Tensor weight, Tensor rstd, bool model_rounding)"
+    " -> (Tensor, Tensor)",
+    eager=reference.add_rms_norm_backward,
+    fake=lambda dy, dtotal, *rest: _fake_backward(dy, *rest),
+)
 
 
 def _save_norm(ctx, inputs, output):
@@ -50,9 +56,8 @@ def _save_add_norm(ctx, inputs, output):
 
 def _add_norm_gradients(ctx, dy, dtotal, _drstd):
     total, weight, rstd = ctx.saved_tensors
-    dx, dweight = _backward(None, dy, total, weight, rstd, ctx.model_rounding)
-    dx = dx + dtotal
-    return dx, dx.clone(), dweight, None, None
+    dx, dweight = _add_backward(None, dy, dtotal, total, weight, rstd, ctx.model_rounding)
+    return dx, dx, dweight, None, None
 
 
 _rms_norm = Op(

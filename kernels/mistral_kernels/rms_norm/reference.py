@@ -29,6 +29,26 @@ def add_rms_norm(
 def rms_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, model_rounding: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, dweight = _wide_backward(dy, x, weight, rstd, model_rounding)
+    return dx.to(x.dtype), dweight
+
+
+def add_rms_norm_backward(
+    dy: torch.Tensor,
+    dtotal: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    model_rounding: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of the sum, which x and the residual share: the norm's and `dtotal`, rounded once together."""
+    dx, dweight = _wide_backward(dy, total, weight, rstd, model_rounding)
+    return (dx + dtotal.to(dx.dtype)).to(total.dtype), dweight
+
+
+def _wide_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, model_rounding: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """dx = rstd · (g − n · mean(g · n)) with n = x · rstd and g = dy · weight; dweight sums dy · n over the rows.
 
     The rounding of n to x's dtype has derivative one; dweight uses the n that was multiplied.
@@ -36,7 +56,7 @@ def rms_norm_backward(
     wide = accumulate_dtype(x.dtype)
     n = x.to(wide) * rstd.to(wide).unsqueeze(-1)
     g = dy.to(wide) * weight.to(wide)
-    dx = (rstd.to(wide).unsqueeze(-1) * (g - n * (g * n).mean(-1, keepdim=True))).to(x.dtype)
+    dx = rstd.to(wide).unsqueeze(-1) * (g - n * (g * n).mean(-1, keepdim=True))
     multiplied = n.to(x.dtype).to(wide) if model_rounding else n
     dweight = (dy.to(wide) * multiplied).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     return dx, dweight

@@ -1,0 +1,59 @@
+#include "cpu/swiglu_backward.h"
+
+#include "cpu/vec.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+template <class T>
+struct Gradients {
+  vec_of<T> gate, up;
+};
+
+// dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, s = sigmoid(gate).
+template <class T>
+MK_INLINE Gradients<T> gradients(vec_of<T> dy, vec_of<T> gate, vec_of<T> up) {
+  vec_of<T> e;
+  if constexpr (sizeof(T) == 2)
+    e = exp_fast(-gate);
+  else
+    e = exp(-gate);
+  const vec_of<T> s = 1 / (e + 1);
+  return {dy * up * s * (gate * (1 - s) + 1), dy * gate * s};
+}
+
+template <class T, bool kStream>
+void row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {
+  constexpr int w = Format<T>::width;
+  int64_t i = 0;
+  for (; i + w <= n; i += w) {
+    const Gradients<T> d = gradients<T>(load(dy + i), load(gate + i), load(up + i));
+    if constexpr (kStream) {
+      stream(dgate + i, d.gate);
+      stream(dup + i, d.up);
+    } else {
+      store(dgate + i, d.gate);
+      store(dup + i, d.up);
+    }
+  }
+  if (const int64_t left = n - i; left) {
+    const Gradients<T> d = gradients<T>(load_n(dy + i, left), load_n(gate + i, left), load_n(up + i, left));
+    store_n(dgate + i, d.gate, left);
+    store_n(dup + i, d.up, left);
+  }
+}
+
+template <class T>
+void run(const SwigluGradients& a) {
+  const auto one = a.past_caches ? row<T, true> : row<T, false>;
+  for (int64_t r = 0; r < a.rows; r++)
+    one((const T*)a.dy + r * a.dy_stride, (const T*)a.gate + r * a.gate_stride, (const T*)a.up + r * a.up_stride,
+        (T*)a.dgate + r * a.out_stride, (T*)a.dup + r * a.out_stride, a.n);
+  if (a.past_caches) stream_fence();
+}
+
+}  // namespace
+
+const SwigluBackwardKernels swiglu_backward = {{run<float>, run<bf16>, run<f16>, run<double>}};
+
+}  // namespace mk::MK_ISA
