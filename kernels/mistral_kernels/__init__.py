@@ -4,6 +4,7 @@ from . import reference as reference
 from ._dispatch import backends
 from ._using import using
 from .attention import attention
+from .linear_cross_entropy import linear_cross_entropy
 from .ring_cache import attention_cached, rope_write_kv, write_kv
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_table
@@ -15,6 +16,7 @@ __all__ = [
     "attention",
     "attention_cached",
     "backends",
+    "linear_cross_entropy",
     "reference",
     "rms_norm",
     "rope",

@@ -51,11 +51,20 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
 
 
 def _contiguous(eager: Callable) -> Callable:
-    """Eager arithmetic keeps the strides of its inputs; the ops promise contiguous outputs."""
+    """Eager arithmetic keeps the strides of its inputs; the ops promise contiguous outputs.
+
+    Autocast is off within: which inputs it casts is settled before, for every implementation alike, and the float32
+    arithmetic inside is meant.
+    """
 
     @functools.wraps(eager)
     def run(*args: Any) -> Any:
-        result = eager(*args)
+        device = _tensors(args)[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                result = eager(*args)
+        else:
+            result = eager(*args)
         if isinstance(result, tuple):
             return tuple(t.contiguous() for t in result)
         return result if result is None else result.contiguous()
@@ -74,10 +83,11 @@ class Op:
         schema: the op's schema without namespace, as `torch.library` takes it.
         eager: the eager version on the op's own arguments; it defines what the op means.
         fake: shapes, dtypes and strides of the outputs.
+        composite: a version in torch ops that beats the eager one; it stands in for C++ and for Triton.
         triton: "module:function" of the Triton launcher below this package, imported when first called.
         triton_supports: returns why Triton cannot do these arguments, or None.
-        setup_context, backward: as `torch.library.register_autograd` takes them. An op without a backward raises
-            when it is differentiated.
+        setup_context, backward: as `torch.library.register_autograd` takes them; ctx.impl is "triton" where that was
+            asked for, else None. An op without a backward raises when it is differentiated.
     """
 
     def __init__(
@@ -86,6 +96,7 @@ class Op:
         *,
         eager: Callable,
         fake: Callable,
+        composite: Callable | None = None,
         triton: str | None = None,
         triton_supports: Callable[..., str | None] = _supports_any,
         setup_context: Callable | None = None,
@@ -93,29 +104,30 @@ class Op:
     ):
         self.name, _, self._signature = schema.partition("(")
         self.eager = _contiguous(eager)
+        self._composite = composite is not None
+        self._torch = self.eager if composite is None else _contiguous(composite)
         self._fake, self._setup_context, self._backward = fake, setup_context, backward
         self._triton_path, self._triton_supports = triton, triton_supports
-        self._auto = self._register(self.name)
+        self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
         if not self.compiled:
-            _library.library.impl(self.name, self.eager, "CPU")
+            _library.library.impl(self.name, self._torch, "CPU")
         if not _library.has_kernel(self.name, "CUDA"):
             _library.library.impl(self.name, self._run_on_gpu, "CUDA")
         self._triton = None
         if triton is not None:
-            self._triton = self._register(self.name + "_triton")
+            self._triton = self._register(self.name + "_triton", "triton")
             _library.library.impl(self.name + "_triton", self._run_triton, "CompositeExplicitAutograd")
 
-    def _register(self, name: str) -> Any:
+    def _register(self, name: str, impl: str | None) -> Any:
         _library.library.define(f"{name}({self._signature}")
         qualified = f"{_library.NAMESPACE}::{name}"
         torch.library.register_fake(qualified, self._fake, lib=_library.library)
         op = getattr(getattr(torch.ops, _library.NAMESPACE), name).default
         if not op._schema.is_mutable:
             backward = self._backward or functools.partial(_not_differentiable, self.name)
-            torch.library.register_autograd(
-                qualified, backward, setup_context=self._setup_context, lib=_library.library
-            )
+            setup = self._setup_context and functools.partial(_set_up, self._setup_context, impl)
+            torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library.library)
         return op
 
     @functools.cached_property
@@ -140,13 +152,14 @@ class Op:
         return self._triton_supports(*args)
 
     def _run_on_gpu(self, *args: Any) -> Any:
-        return (self._run_triton if self._triton_reason(args) is None else self.eager)(*args)
+        return (self._run_triton if self._triton_reason(args) is None else self._torch)(*args)
 
     def _cpu_reason(self, args: tuple) -> str | None:
-        if _library.unusable is not None:
-            return _library.unusable
-        if not self.compiled:
-            return "not written in C++"
+        if not self._composite:
+            if _library.unusable is not None:
+                return _library.unusable
+            if not self.compiled:
+                return "not written in C++"
         if (device := _tensors(args)[0].device.type) not in ("cpu", "meta"):
             return f"the inputs are on {device}"
         return None
@@ -164,6 +177,11 @@ class Op:
         if impl not in IMPLS or reasons[impl] is not None:
             raise _unusable(self.name, impl, reasons)
         return _call(self._triton if impl == "triton" else self._auto, args)
+
+
+def _set_up(save: Callable, impl: str | None, ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.impl = impl
+    save(ctx, inputs, output)
 
 
 def _call(op: Any, args: tuple) -> Any:

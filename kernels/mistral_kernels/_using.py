@@ -5,12 +5,16 @@ from types import SimpleNamespace
 
 from ._dispatch import check_impl
 from .attention import attention
+from .linear_cross_entropy import linear_cross_entropy
 from .ring_cache import attention_cached, rope_write_kv, write_kv
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_table
 from .swiglu import swiglu, swiglu_packed
 
-OPS = (add_rms_norm, attention, attention_cached, rms_norm, rope, rope_write_kv, swiglu, swiglu_packed, write_kv)
+OPS = (
+    *(add_rms_norm, attention, attention_cached, linear_cross_entropy, rms_norm, rope, rope_write_kv),
+    *(swiglu, swiglu_packed, write_kv),
+)
 
 
 def using(impl: str | None = None) -> SimpleNamespace:

@@ -249,6 +249,26 @@ def swiglu_packed_case(shape: tuple[int, ...]) -> Case:
     return Case("swiglu_packed", str(list(shape)), lambda kind: dict(gate_up=fill(shape, kind)))
 
 
+def linear_cross_entropy_case(
+    shape: tuple[int, ...],
+    vocabulary: int,
+    reduction: str = "mean",
+    ignored: int = 0,
+    chunk: int | None = None,
+    num_items: int | None = None,
+) -> Case:
+    """shape: of hidden; every `ignored`-th label is ignored."""
+
+    def make(kind: str) -> dict[str, Any]:
+        labels = torch.randint(vocabulary, shape[:-1], generator=torch.Generator().manual_seed(3))
+        if ignored:
+            labels.view(-1)[::ignored] = -100
+        made = dict(hidden=fill(shape, kind), weight=fill((vocabulary, shape[-1]), seed=1) * shape[-1] ** -0.5)
+        return made | dict(labels=labels, reduction=reduction, chunk=chunk, num_items=num_items)
+
+    return Case("linear_cross_entropy", f"{list(shape)} V{vocabulary} {reduction} chunk {chunk}", make)
+
+
 def _tables(dim: int, rows: int) -> dict[str, torch.Tensor]:
     cos, sin = mistral_kernels.rope_table(dim, 10_000.0, rows, dtype=torch.float64)
     return dict(cos=cos.float().double(), sin=sin.float().double())
@@ -380,6 +400,10 @@ def cases() -> Iterator[Case]:
     for shape in ((1, 1), (3, 7), (2, 3, 1536), (5, 1000), (2, 14336)):
         yield swiglu_case(shape)
         yield swiglu_packed_case((*shape[:-1], 2 * shape[-1]))
+    for reduction in ("mean", "sum", "none"):
+        yield linear_cross_entropy_case((5, 24), 7, reduction)
+        yield linear_cross_entropy_case((2, 75, 64), 1000, reduction, ignored=3, chunk=37)
+    yield linear_cross_entropy_case((130, 40), 5125, ignored=7, num_items=1000)
     for interleaved in (False, True):
         yield rope_case(2, 5, 4, 2, 64, interleaved)
         yield rope_case(None, 7, 9, 3, 128, interleaved, first=1000)

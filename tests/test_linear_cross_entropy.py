@@ -1,0 +1,295 @@
+"""The fused loss against torch's own, in memory, under autocast, under FSDP2, and as a registered op."""
+
+import math
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mistral_kernels as mk
+from mistral_kernels import testing
+from mistral_kernels.linear_cross_entropy import chunked
+from mistral_kernels.testing import fill
+
+IMPLS = [None, "reference", "cpu", "triton"]
+CASES = [c for c in testing.cases() if c.op == "linear_cross_entropy"]
+
+
+@pytest.fixture(params=IMPLS, ids=str)
+def impl(request):
+    if request.param is not None and (reason := mk.backends()[request.param]) is not None and request.param != "cpu":
+        pytest.skip(reason)
+    return request.param
+
+
+def inputs(tokens=23, n=16, vocabulary=50, dtype=torch.float64, grad=True, seed=0):
+    hidden = fill((tokens, n), seed=seed).to(dtype).requires_grad_(grad)
+    weight = fill((vocabulary, n), seed=seed + 1).to(dtype).requires_grad_(grad)
+    labels = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
+    return hidden, weight, labels
+
+
+def torch_loss(hidden, weight, labels, **how):
+    return F.cross_entropy(F.linear(hidden, weight).flatten(0, -2), labels.flatten().long(), **how)
+
+
+def gradients(loss, *leaves):
+    return torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("chunk", [None, 1, 5, 23, 1000])
+def test_is_torchs_cross_entropy(impl, reduction, chunk):
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    hidden, weight, labels = inputs(dtype=dtype)
+    labels[3:9] = -100
+    loss = mk.linear_cross_entropy(hidden, weight, labels, reduction=reduction, chunk=chunk, impl=impl)
+    theirs = torch_loss(hidden, weight, labels, reduction=reduction)
+    torch.testing.assert_close(loss, theirs)
+    seed = fill(tuple(loss.shape), seed=5).to(dtype)
+    ours, expected = (torch.autograd.grad(t, (hidden, weight), seed) for t in (loss, theirs))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["gaussian", "large"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
+def test_parity(impl, case, dtype, kind):
+    if impl == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter miscomputes bfloat16")
+    testing.assert_parity(case, dtype, impl, kind=kind, gradients=True)
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck(impl, reduction):
+    hidden, weight, labels = inputs(tokens=7, n=4, vocabulary=9)
+    labels[2] = 4
+    assert torch.autograd.gradcheck(
+        lambda h, w: mk.linear_cross_entropy(h, w, labels, 4, reduction, chunk=3, impl=impl), (hidden, weight)
+    )
+
+
+def test_ignored_tokens(impl):
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    hidden, weight, labels = inputs(dtype=dtype)
+    labels[:] = -100
+    ignored = mk.linear_cross_entropy(hidden, weight, labels, reduction="sum", impl=impl)
+    assert ignored.item() == 0
+    assert all((g == 0).all() for g in gradients(ignored, hidden, weight))
+    assert mk.linear_cross_entropy(hidden, weight, labels, impl=impl).isnan()
+    assert mk.linear_cross_entropy(hidden, weight, labels, num_items=5, impl=impl).item() == 0
+    labels[4] = 7
+    (dhidden,) = gradients(mk.linear_cross_entropy(hidden, weight, labels, impl=impl), hidden)
+    assert (dhidden[4] != 0).any() and (dhidden[:4] == 0).all() and (dhidden[5:] == 0).all()
+
+
+@pytest.mark.parametrize("num_items", [7, 7.0, torch.tensor(7), torch.tensor([7.0])])
+def test_num_items_is_what_mean_divides_by(num_items):
+    hidden, weight, labels = inputs()
+    loss = mk.linear_cross_entropy(hidden, weight, labels, num_items=num_items)
+    torch.testing.assert_close(loss.reshape(()), torch_loss(hidden, weight, labels, reduction="sum") / 7)
+
+
+def test_micro_batches_sum_to_the_batch():
+    hidden, weight, labels = inputs()
+    labels[:11] = -100
+    whole = mk.linear_cross_entropy(hidden, weight, labels)
+    parts = [mk.linear_cross_entropy(hidden[s], weight, labels[s], num_items=12) for s in (slice(0, 13), slice(13, 23))]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_only_the_gradient_that_is_needed(impl, frozen):
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    made = dict(zip(("hidden", "weight", "labels"), inputs(dtype=dtype), strict=True))
+    (other,) = {"hidden", "weight"} - {frozen}
+    expected = gradients(mk.linear_cross_entropy(**made, impl=impl), made[other])[0]
+    made[frozen] = made[frozen].detach()
+    with mock.patch.object(chunked, "_add_product", wraps=chunked._add_product) as products:
+        loss = mk.linear_cross_entropy(**made, chunk=9, impl=impl)
+        torch.testing.assert_close(gradients(loss, made[other])[0], expected)
+    if impl != "reference":
+        assert products.call_count == (3 if other == "weight" else 0)
+
+
+def test_layouts(impl):
+    """Batched, transposed and strided hidden, a weight that is a view of a larger table, int32 labels."""
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    table = fill((60, 40)).to(dtype)
+    base = fill((6, 4, 32), seed=1).to(dtype)
+    labels = torch.randint(50, (4, 6), dtype=torch.int32)
+    for hidden in (base.transpose(0, 1)[..., :16], base.transpose(0, 1)[..., ::2], base[:1, :1, :16].expand(4, 6, 16)):
+        for weight in (table[5:55, 3:19], table[:50, ::2][:, :16], table.t()[:16].t()[:50]):
+            h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+            loss = mk.linear_cross_entropy(h, w, labels, chunk=7, impl=impl)
+            theirs = torch_loss(h, w, labels)
+            torch.testing.assert_close(loss, theirs)
+            for a, b in zip(gradients(loss, h, w), gradients(theirs, h, w), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_empty(impl):
+    hidden, weight, labels = inputs(tokens=0, dtype=torch.float32)
+    loss = mk.linear_cross_entropy(hidden, weight, labels, reduction="sum", impl=impl)
+    assert loss.item() == 0
+    assert [g.abs().sum().item() for g in gradients(loss, hidden, weight)] == [0, 0]
+    assert mk.linear_cross_entropy(hidden, weight, labels, reduction="none", impl=impl).shape == (0,)
+    assert mk.linear_cross_entropy(hidden, weight, labels, impl=impl).isnan()
+    narrow = mk.linear_cross_entropy(torch.empty(3, 0), torch.empty(8, 0), torch.tensor([0, 1, 7]), impl=impl)
+    assert math.isclose(narrow.item(), math.log(8), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("run", ["reference", "torch", "triton"])
+def test_label_outside_the_vocabulary_on_a_device_is_nan(run):
+    """What the kernels do where nobody may look at the labels before."""
+    if run == "triton":
+        pytest.importorskip("triton")
+        from mistral_kernels.linear_cross_entropy import triton_kernel as module
+
+        forward, backward = module.forward, module.backward
+    elif run == "torch":
+        forward, backward = chunked.forward, chunked.backward
+    else:
+        from mistral_kernels.linear_cross_entropy import reference
+
+        forward, backward = reference.linear_cross_entropy, reference.linear_cross_entropy_backward
+    hidden, weight, _ = inputs(tokens=4, dtype=torch.float32, grad=False)
+    labels = torch.tensor([1, 50, -1, -100])
+    losses, lse = forward(hidden, weight, labels, -100, 2)
+    assert losses.isnan().tolist() == [False, True, True, False] and losses[3] == 0
+    dhidden, _ = backward(torch.ones(4), hidden, weight, labels, lse, -100, 2, True, False)
+    assert dhidden.isnan().all(-1).tolist() == [False, True, True, False] and (dhidden[3] == 0).all()
+
+
+def test_inputs_are_left_alone_and_runs_agree(impl):
+    hidden, weight, labels = inputs(dtype=torch.float32)
+    before = [t.detach().clone() for t in (hidden, weight, labels)]
+    runs = []
+    for _ in range(2):
+        losses = mk.linear_cross_entropy(hidden, weight, labels, reduction="none", chunk=7, impl=impl)
+        seed = torch.ones(()).expand(losses.shape)
+        runs.append([losses, *torch.autograd.grad(losses, (hidden, weight), seed)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((hidden, weight, labels), before, strict=True))
+
+
+HIDDEN, WEIGHT, LABELS = inputs(grad=False)
+BAD = {
+    "labels": (lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT, LABELS[:4]), ValueError, r"labels is \[4\]; with"),
+    "weight": (lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT[:, :3], LABELS), ValueError, r"\[..., N\] and \[V, N\]"),
+    "no words": (lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT[:0], LABELS), ValueError, "V at least 1"),
+    "range": (lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT, LABELS + 50), ValueError, "they must be 0 to 49"),
+    "negative": (lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT, LABELS - 60), ValueError, "labels holds -"),
+    "dtype": (lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT, LABELS.float()), TypeError, "labels must be a tensor of"),
+    "reduction": (lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT, LABELS, reduction="avg"), ValueError, "'avg'"),
+    "items": (
+        lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT, LABELS, reduction="sum", num_items=3),
+        ValueError,
+        "num_items is given with reduction='sum'",
+    ),
+    "chunk": (lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT, LABELS, chunk=0), ValueError, "chunk is 0; it must be"),
+    "impl": (lambda: mk.linear_cross_entropy(HIDDEN, WEIGHT, LABELS, impl="fast"), ValueError, "impl is 'fast'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    call, error, words = BAD[name]
+    with pytest.raises(error, match=words):
+        call()
+
+
+# ---- torch ----
+
+
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_cross_entropy_triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck(op, dtype):
+    if op.endswith("triton") and mk.backends()["triton"] is not None:
+        pytest.skip(mk.backends()["triton"])
+    hidden, weight, labels = inputs(dtype=dtype)
+    torch.library.opcheck(getattr(torch.ops.mistral_kernels, op).default, (hidden, weight, labels, -100, 5))
+
+
+def test_opcheck_backward():
+    hidden, weight, labels = inputs(grad=False)
+    op = torch.ops.mistral_kernels.linear_cross_entropy_backward.default
+    for needs in ((True, True), (True, False), (False, True)):
+        seed, lse = fill((23,)), fill((23,), seed=1)
+        torch.library.opcheck(op, (seed, hidden, weight, labels, lse, -100, 0, *needs))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_is_eager(reduction):
+    def loss(h, w, labels):
+        return mk.linear_cross_entropy(h, w, labels, reduction=reduction).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (9, 14):
+        hidden, weight, labels = inputs(tokens=tokens)
+        expected, got = loss(hidden, weight, labels), compiled(hidden, weight, labels)
+        torch.testing.assert_close(got, expected)
+        for a, b in zip(gradients(expected, hidden, weight), gradients(got, hidden, weight), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_autocast_casts_as_linear_does(impl):
+    hidden, weight, labels = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mk.linear_cross_entropy(hidden, weight, labels, impl=impl)
+        theirs = torch_loss(hidden, weight, labels)
+    assert loss.dtype == theirs.dtype == torch.float32
+    cast = mk.linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels, impl=impl)
+    torch.testing.assert_close(loss, cast, rtol=1e-6, atol=0)
+    assert not torch.equal(loss, mk.linear_cross_entropy(hidden, weight, labels, impl=impl))
+    assert all(g.dtype == torch.float32 for g in gradients(loss, hidden, weight))
+
+
+# ---- memory ----
+
+
+def peak_memory(work) -> int:
+    """Bytes by which `work` raises the largest resident size of this process."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before, _ = resident()
+    work()
+    return resident()[1] - before
+
+
+def resident() -> tuple[int, int]:
+    """Resident bytes now and at most."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_logits_of_all_tokens_never_exist():
+    """2048 tokens by 8192 words are 64 MiB of float32 logits; eager holds three times that, the chunks a fraction."""
+    hidden, weight, labels = inputs(tokens=2048, n=32, vocabulary=8192, dtype=torch.float32)
+    logits = 2048 * 8192 * 4
+
+    def work(impl):
+        loss = mk.linear_cross_entropy(hidden, weight, labels, impl=impl)
+        gradients(loss, hidden, weight)
+
+    work(None)  # pays for threads and kernels before
+    fused, eager = peak_memory(lambda: work(None)), peak_memory(lambda: work("reference"))
+    assert eager > 1.9 * logits
+    assert fused < 0.5 * logits < 0.25 * eager
+
+
+def test_default_chunks():
+    """Never more logits than the budget; an eighth of the tokens; whole up to 128; else what is given; even parts."""
+    assert chunked.rows_of_chunk(8192, 32768, 0) == 1024
+    assert chunked.rows_of_chunk(4096, 32768, 0) == 512
+    assert chunked.rows_of_chunk(100, 32768, 0) == 100
+    assert chunked.rows_of_chunk(2**20, 10**6, 0) == 128
+    assert chunked.rows_of_chunk(98, 32768, 7) == 7
+    assert chunked.rows_of_chunk(100, 32768, 700) == 100
+    assert chunked.rows_of_chunk(130, 32768, 0) == chunked.rows_of_chunk(130, 32768, 128) == 65
