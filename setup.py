@@ -1,6 +1,7 @@
-"""Builds one shared library on torch's stable ABI: csrc/cpu once for each instruction set, csrc/torch once.
+"""Builds one shared library on torch's stable ABI: csrc/cpu once for each instruction set, csrc/torch once, csrc/cuda
+where nvcc is found.
 
-Writes a ninja file and lets ninja run the compiler. torch is only looked up for its headers, never imported, and may
+Writes a ninja file and lets ninja run the compilers. torch is only looked up for its headers, never imported, and may
 be missing: then the package is built without the library, and everything but the C++ kernels works.
 """
 
@@ -31,6 +32,9 @@ OTHER_TIERS = {"base": (4, "")}
 # -ffp-contract=fast lets a*b+c become one FMA; -fno-math-errno and -fno-trapping-math free the vectoriser.
 # g++ 12 takes the undefined vectors in its own immintrin.h for maybe-uninitialized.
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+# Machine code for the A100 and the H100, and PTX from which the driver makes it for what comes after them.
+CUDA_ARCHS = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 WARNINGS = "-Wall -Wextra -Wno-maybe-uninitialized"
 
 
@@ -45,6 +49,23 @@ def find_torch() -> Path | None:
 def find_ninja() -> str | None:
     beside = Path(sys.executable).with_name("ninja")
     return str(beside) if beside.exists() else shutil.which("ninja")
+
+
+def find_cuda() -> Path | None:
+    """The folder with bin/nvcc, headers and the static CUDA runtime: CUDA_HOME, that of the nvcc in PATH, or pip's."""
+    places = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if nvcc := shutil.which("nvcc"):
+        places.append(Path(nvcc).resolve().parents[1])
+    places.append(Path("/usr/local/cuda"))
+    packages = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    places += [p / "nvidia/cu13" for p in sorted(packages)]
+    return next((p for p in places if (p / "bin/nvcc").exists() and cuda_runtime(p)), None)
+
+
+def cuda_runtime(cuda: Path) -> Path | None:
+    """The folder of libcudart_static.a."""
+    folders = (cuda / name for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"))
+    return next((p for p in folders if (p / "libcudart_static.a").exists()), None)
 
 
 def missing_tool() -> str | None:
@@ -63,14 +84,16 @@ def compiler() -> str:
 
 
 def jobs() -> int:
-    """One for each core, but no more than memory carries at 1.5 GB a compiler."""
+    """MAX_JOBS, else one for each core; no more than memory carries at 1.5 GB a compiler."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(os.cpu_count() or 1, int(memory / 1.5e9)))
+    asked = os.environ.get("MAX_JOBS", "")
+    wanted = int(asked) if asked.isdecimal() else os.cpu_count() or 1
+    return max(1, min(wanted, int(memory / 1.5e9)))
 
 
-def ninja_file(torch: Path, folder: Path, output: Path) -> str:
-    tiers = X86_TIERS if platform.machine() in ("x86_64", "AMD64") else OTHER_TIERS
-    lines = [
+def ninja_rules(torch: Path, cuda: Path | None) -> list[str]:
+    runtime = f"-L{cuda_runtime(cuda)} -lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,ALL" if cuda else ""
+    return [
         f"cxx = {compiler()}",
         f"flags = {FLAGS} {WARNINGS} -I{ROOT / 'csrc'}",
         f"torch = -DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {torch / 'include'}",
@@ -79,21 +102,34 @@ def ninja_file(torch: Path, folder: Path, output: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $what",
+        "rule nvcc",
+        f"  command = {cuda}/bin/nvcc {CUDA_FLAGS} {CUDA_ARCHS} -I{ROOT / 'csrc'} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $what",
         "rule link",
-        f"  command = $cxx -shared -o $out $in -L{torch / 'lib'} -ltorch_cpu",
+        f"  command = $cxx -shared -o $out $in -L{torch / 'lib'} -ltorch_cpu {runtime}",
         "  description = link $out",
     ]
-    objects = []
 
-    def add(source: Path, name: str, extra: str, what: str) -> None:
+
+def ninja_file(torch: Path, cuda: Path | None, folder: Path, output: Path) -> str:
+    tiers = X86_TIERS if platform.machine() in ("x86_64", "AMD64") else OTHER_TIERS
+    lines, objects = ninja_rules(torch, cuda), []
+
+    def add(source: Path, name: str, extra: str, what: str, rule: str = "compile") -> None:
         objects.append(folder / f"{name}.o")
-        lines.extend([f"build {objects[-1]}: compile {source}", f"  extra = {extra}", f"  what = {what}"])
+        lines.extend([f"build {objects[-1]}: {rule} {source}", f"  extra = {extra}", f"  what = {what}"])
 
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         for tier, (lanes, extra) in tiers.items():
             defines = f"-DMK_ISA={tier} -DMK_LANES={lanes} -DMK_BF16={int(tier == 'avx512bf16')} {extra}"
             add(source, f"cpu_{source.stem}_{tier}", defines, f"csrc/cpu/{source.name} for {tier}")
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if cuda else ():
+        add(source, f"cuda_{source.stem}", "", f"csrc/cuda/{source.name}", "nvcc")
     for source in sorted((ROOT / "csrc/torch").glob("*.cpp")):
+        if source.name.startswith("cuda_") and cuda is None:
+            continue
         x86 = f"-DMK_X86={int(len(tiers) > 1)}"
         add(source, f"torch_{source.stem}", f"{x86} $torch", f"csrc/torch/{source.name}")
     lines += [f"build {output}: link {' '.join(map(str, objects))}", f"default {output}", ""]
@@ -111,11 +147,13 @@ class BuildLibrary(build_ext):
         if reason is not None:
             self.warn(f"mistral_kernels is built WITHOUT its C++ kernels: {reason}")
             return
-        folder, torch = (ROOT / self.build_temp).resolve(), find_torch()
+        folder, torch, cuda = (ROOT / self.build_temp).resolve(), find_torch(), find_cuda()
+        if cuda is None:
+            self.warn("mistral_kernels is built WITHOUT its CUDA C++ kernels: nvcc is not found (docs/cuda.md)")
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         for path in (folder, output.parent):
             path.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(torch, folder, output))
+        (folder / "build.ninja").write_text(ninja_file(torch, cuda, folder, output))
         subprocess.run([find_ninja(), "-C", str(folder), f"-j{jobs()}"], check=True)
 
     def copy_extensions_to_source(self) -> None:

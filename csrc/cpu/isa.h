@@ -13,11 +13,11 @@
 #pragma once
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace mk {
 
-// In this order wherever a table is indexed by dtype. The 16-bit types are bits only; vec.h converts them.
-enum class Dtype : int { f32, bf16, f16, f64 };
-constexpr int dtypes = 4;
+// The 16-bit types are bits only; vec.h converts them.
 struct bf16 {
   uint16_t bits;
 };

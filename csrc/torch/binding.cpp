@@ -23,7 +23,7 @@ Dtype dtype_of(const Tensor& t) {
   STD_TORCH_CHECK(false, "a tensor is of a dtype other than float32, bfloat16, float16 and float64");
 }
 
-Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype) {
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like) {
   const int64_t dims = static_cast<int64_t>(sizes.size());
   int64_t strides[64];
   STD_TORCH_CHECK(dims <= 64, "a tensor has ", dims, " dimensions; at most 64 are supported");
@@ -32,10 +32,14 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype) {
     strides[d] = stride;
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
+  int32_t device = aoti_torch_device_type_cpu(), index = 0;
+  if (like) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
+  }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides,
-                                                         torch_dtypes().of[static_cast<int>(dtype)],
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes.data(), strides, torch_dtypes().of[static_cast<int>(dtype)], device, index, &handle));
   return Tensor(handle);
 }
 

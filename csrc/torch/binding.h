@@ -26,8 +26,9 @@ constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype 
 // The dtype of statistics such as rstd.
 constexpr Dtype wide(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-// A new contiguous tensor on the CPU; several times quicker than torch::stable::empty, which looks up an operator.
-Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype);
+// A new contiguous tensor, on the CPU or on the device of `like`; several times quicker than torch::stable::empty,
+// which looks up an operator.
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like = nullptr);
 
 constexpr int max_dims = 8;
 
@@ -67,6 +68,10 @@ class Rows {
 
   int64_t count() const { return count_; }
   int64_t stride(int i) const { return dims_ ? stride_[dims_ - 1][i] : 0; }
+  // The merged dimensions, outermost first.
+  int dims() const { return dims_; }
+  int64_t size(int d) const { return size_[d]; }
+  int64_t stride(int d, int i) const { return stride_[d][i]; }
 
   // f(first, rows, offsets) for runs of rows at equal distances, stride(i), that together are the rows [begin, end).
   template <class F>

@@ -13,7 +13,7 @@ import torch
 
 from . import _library
 
-IMPLS = ("reference", "cpu", "triton")
+IMPLS = ("reference", "cpu", "cuda", "triton")
 
 
 @functools.cache
@@ -37,13 +37,30 @@ def _triton_unusable() -> str | None:
     return None
 
 
+@functools.cache
+def _gpu_too_old() -> str | None:
+    if torch.cuda.get_device_capability() >= (8, 0):
+        return None
+    return "the GPU is older than compute capability 8.0"
+
+
+def _cuda_unusable(op: str = "rms_norm") -> str | None:
+    if _library.unusable is not None:
+        return _library.unusable
+    if _library.has_kernel(f"{op}_cuda", "CPU"):  # a library loaded beside ours runs the kernels without a GPU
+        return None
+    if not _library.has_kernel(f"{op}_cuda", "CUDA"):
+        return "the library was built without CUDA C++ (install nvcc, then build again: docs/cuda.md)"
+    return _gpu_too_old() if torch.cuda.is_available() else "no GPU is here"
+
+
 def backends() -> dict[str, str | None]:
     """Each implementation, with None where it is usable on this machine and the reason where it is not.
 
     Returns:
         A dict from the names that `impl=` takes to None or a sentence.
     """
-    return {"reference": None, "cpu": _library.unusable, "triton": _triton_unusable()}
+    return {"reference": None, "cpu": _library.unusable, "cuda": _cuda_unusable(), "triton": _triton_unusable()}
 
 
 def _tensors(args: tuple) -> list[torch.Tensor]:
@@ -86,8 +103,10 @@ class Op:
         composite: a version in torch ops that beats the eager one; it stands in for C++ and for Triton.
         triton: "module:function" of the Triton launcher below this package, imported when first called.
         triton_supports: returns why Triton cannot do these arguments, or None.
-        setup_context, backward: as `torch.library.register_autograd` takes them; ctx.impl is "triton" where that was
-            asked for, else None. An op without a backward raises when it is differentiated.
+        cuda: whether the op is written in CUDA C++.
+        cuda_supports: returns why that cannot do these arguments, or None.
+        setup_context, backward: as `torch.library.register_autograd` takes them; ctx.impl is "triton" or "cuda" where
+            that was asked for, else None. An op without a backward raises when it is differentiated.
     """
 
     def __init__(
@@ -99,6 +118,8 @@ class Op:
         composite: Callable | None = None,
         triton: str | None = None,
         triton_supports: Callable[..., str | None] = _supports_any,
+        cuda: bool = False,
+        cuda_supports: Callable[..., str | None] = _supports_any,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
     ):
@@ -108,6 +129,7 @@ class Op:
         self._torch = self.eager if composite is None else _contiguous(composite)
         self._fake, self._setup_context, self._backward = fake, setup_context, backward
         self._triton_path, self._triton_supports = triton, triton_supports
+        self._cuda_supports = cuda_supports
         self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
         if not self.compiled:
@@ -118,6 +140,7 @@ class Op:
         if triton is not None:
             self._triton = self._register(self.name + "_triton", "triton")
             _library.library.impl(self.name + "_triton", self._run_triton, "CompositeExplicitAutograd")
+        self._cuda = self._register(self.name + "_cuda", "cuda") if cuda else None
 
     def _register(self, name: str, impl: str | None) -> Any:
         _library.library.define(f"{name}({self._signature}")
@@ -151,8 +174,29 @@ class Op:
             return "it has no float64"
         return self._triton_supports(*args)
 
+    def _cuda_reason(self, args: tuple) -> str | None:
+        """Why CUDA C++ cannot run these arguments here, or None."""
+        if self._cuda is None:
+            return "not written in CUDA C++"
+        if (reason := _cuda_unusable(self.name)) is not None:
+            return reason
+        tensors = _tensors(args)
+        device = tensors[0].device.type
+        if device != "meta" and not _library.has_kernel(f"{self.name}_cuda", device.upper()):
+            return f"the inputs are on {device}"
+        if any(t.dtype == torch.float64 for t in tensors):
+            return "it has no float64"
+        return self._cuda_supports(*args)
+
     def _run_on_gpu(self, *args: Any) -> Any:
-        return (self._run_triton if self._triton_reason(args) is None else self._torch)(*args)
+        if self._triton_reason(args) is None:
+            return self._run_triton(*args)
+        run = self._cuda if self._cuda is not None and self._cuda_reason(args) is None else self._torch
+        return run(*args)
+
+    def like_forward(self, impl: str | None, *args: Any) -> Any:
+        """This op, a backward, in the implementation that its forward ran in; where that cannot, the automatic one."""
+        return self(impl if impl is not None and self.reasons(*args)[impl] is None else None, *args)
 
     def _cpu_reason(self, args: tuple) -> str | None:
         if not self._composite:
@@ -166,7 +210,12 @@ class Op:
 
     def reasons(self, *args: Any) -> dict[str, str | None]:
         """Each implementation of this op, with None or why it cannot run these arguments."""
-        return {"reference": None, "cpu": self._cpu_reason(args), "triton": self._triton_reason(args)}
+        return {
+            "reference": None,
+            "cpu": self._cpu_reason(args),
+            "cuda": self._cuda_reason(args),
+            "triton": self._triton_reason(args),
+        }
 
     def __call__(self, impl: str | None, *args: Any) -> Any:
         if impl is None:
@@ -176,7 +225,7 @@ class Op:
         reasons = self.reasons(*args) if impl in IMPLS else {}
         if impl not in IMPLS or reasons[impl] is not None:
             raise _unusable(self.name, impl, reasons)
-        return _call(self._triton if impl == "triton" else self._auto, args)
+        return _call({"triton": self._triton, "cuda": self._cuda}.get(impl, self._auto), args)
 
 
 def _set_up(save: Callable, impl: str | None, ctx: Any, inputs: tuple, output: Any) -> None:

@@ -27,12 +27,14 @@ _backward = Op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool model_rounding) -> (Tensor, Tensor)",
     eager=reference.rms_norm_backward,
     fake=_fake_backward,
+    cuda=True,
 )
 _add_backward = Op(
     "add_rms_norm_backward(Tensor dy, Tensor dtotal, Tensor total, Tensor weight, Tensor rstd, bool model_rounding)"
     " -> (Tensor, Tensor)",
     eager=reference.add_rms_norm_backward,
     fake=lambda dy, dtotal, *rest: _fake_backward(dy, *rest),
+    cuda=True,
 )
 
 
@@ -44,7 +46,7 @@ def _save_norm(ctx, inputs, output):
 
 def _norm_gradients(ctx, dy, _drstd):
     x, weight, rstd = ctx.saved_tensors
-    dx, dweight = _backward(None, dy, x, weight, rstd, ctx.model_rounding)
+    dx, dweight = _backward.like_forward(ctx.impl, dy, x, weight, rstd, ctx.model_rounding)
     return dx, dweight, None, None
 
 
@@ -56,7 +58,7 @@ def _save_add_norm(ctx, inputs, output):
 
 def _add_norm_gradients(ctx, dy, dtotal, _drstd):
     total, weight, rstd = ctx.saved_tensors
-    dx, dweight = _add_backward(None, dy, dtotal, total, weight, rstd, ctx.model_rounding)
+    dx, dweight = _add_backward.like_forward(ctx.impl, dy, dtotal, total, weight, rstd, ctx.model_rounding)
     return dx, dx, dweight, None, None
 
 
@@ -65,6 +67,7 @@ _rms_norm = Op(
     eager=reference.rms_norm,
     fake=_fake_norm,
     triton="rms_norm.triton_kernel:rms_norm",
+    cuda=True,
     setup_context=_save_norm,
     backward=_norm_gradients,
 )
@@ -74,6 +77,7 @@ _add_rms_norm = Op(
     eager=reference.add_rms_norm,
     fake=_fake_add_norm,
     triton="rms_norm.triton_kernel:add_rms_norm",
+    cuda=True,
     setup_context=_save_add_norm,
     backward=_add_norm_gradients,
 )
@@ -105,7 +109,7 @@ def rms_norm(
         rounding: where a 16-bit result is rounded. "model" normalises in float32, rounds to x's dtype, then
             multiplies by the weight in the result's dtype: what Mistral's code and Hugging Face do. "fp32"
             multiplies in float32 and rounds once: what `torch.nn.functional.rms_norm` does.
-        impl: None for the fastest that can, or "reference", "cpu", "triton".
+        impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
     Returns:
         `[..., N]`, contiguous, in the promoted dtype of x and weight.
