@@ -18,15 +18,15 @@ struct RmsNorm {
   bool model_rounding;
 };
 
-// dy is of the weight's dtype. `partials` holds `groups` rows of n float32 sums over the rows of x; dweight adds them
-// up.
+// dy is of the weight's dtype; dtotal, of x's, is added to dx before its rounding where it is not null. `partials`
+// holds `groups` rows of n float32 sums over the rows of x; dweight adds them up.
 struct RmsNormBackward {
-  const void *dy, *x, *weight;
+  const void *dy, *dtotal, *x, *weight;
   const float* rstd;
   void *dx, *dweight;
   float* partials;
   RowSizes sizes;
-  RowStrides dy_rows, x_rows;
+  RowStrides dy_rows, dtotal_rows, x_rows;
   int64_t n, groups;
   double inverse_n;
   int dtype, weight_dtype;

@@ -36,12 +36,14 @@ __device__ __forceinline__ void terms(const RmsNormBackward& a, const T* x, cons
 }
 
 template <class T, int V>
-__device__ __forceinline__ void store_dx(T* dx, int64_t at, float rstd, float mean, const float (&n)[V],
-                                         const float (&g)[V]) {
-  float values[V];
+__device__ __forceinline__ void store_dx(const RmsNormBackward& a, int64_t row, int64_t at, float rstd, float mean,
+                                         const float (&n)[V], const float (&g)[V]) {
+  float values[V], others[V] = {};
+  if (a.dtotal)
+    load_values<T, V>(static_cast<const T*>(a.dtotal) + row_offset(row, a.sizes, a.dtotal_rows) + at, others);
 #pragma unroll
-  for (int e = 0; e < V; e++) values[e] = rstd * (g[e] - n[e] * mean);
-  store_values<T, V>(dx + at, values);
+  for (int e = 0; e < V; e++) values[e] = rstd * (g[e] - n[e] * mean) + others[e];
+  store_values<T, V>(static_cast<T*>(a.dx) + row * a.n + at, values);
 }
 
 // blockDim.x threads a row; each group of them takes the rows group, group + groups, … and sums dweight over these.
@@ -72,8 +74,7 @@ __global__ void __launch_bounds__(most_threads) backward_kernel(const RmsNormBac
     const float mean = static_cast<float>(row_sum(product) * static_cast<Sum<T>>(a.inverse_n));
 #pragma unroll
     for (int i = 0; i < packs; i++)
-      if (first + i * step < a.n)
-        store_dx<T, V>(static_cast<T*>(a.dx) + row * a.n, first + i * step, rstd, mean, n[i], g[i]);
+      if (first + i * step < a.n) store_dx<T, V>(a, row, first + i * step, rstd, mean, n[i], g[i]);
   }
 #pragma unroll
   for (int i = 0; i < packs; i++)
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(most_threads) long_dx_kernel(const RmsNormBack
   const float mean = static_cast<float>(row_sum(product) * static_cast<Sum<T>>(a.inverse_n));
   for (int64_t at = static_cast<int64_t>(threadIdx.x) * V; at < a.n; at += step) {
     terms<T, W, V>(a, x, dy, rstd, at, n, g, dw);
-    store_dx<T, V>(static_cast<T*>(a.dx) + row * a.n, at, rstd, mean, n, g);
+    store_dx<T, V>(a, row, at, rstd, mean, n, g);
   }
 }
 
@@ -163,7 +164,8 @@ int backward(const RmsNormBackward& a, cudaStream_t stream) {
   constexpr int wide = 16 / sizeof(T);
   const bool vectors = a.n % wide == 0 && aligned_to_16(a.x, a.sizes, a.x_rows, sizeof(T)) &&
                        aligned_to_16(a.dy, a.sizes, a.dy_rows, sizeof(W)) && aligned_to_16(a.weight) &&
-                       aligned_to_16(a.dx) && aligned_to_16(a.partials);
+                       aligned_to_16(a.dx) && aligned_to_16(a.partials) &&
+                       (!a.dtotal || aligned_to_16(a.dtotal, a.sizes, a.dtotal_rows, sizeof(T)));
   return vectors ? run_backward<T, W, wide>(a, stream) : run_backward<T, W, 1>(a, stream);
 }
 

@@ -52,30 +52,47 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& r
   return {out.y, total, out.rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in,
-                                             const Tensor& rstd_in, bool model) {
+// dtotal is null for the norm alone.
+std::tuple<Tensor, Tensor> run_backward(const Tensor& dy_in, const Tensor* dtotal_in, const Tensor& x_in,
+                                        const Tensor& weight_in, const Tensor& rstd_in, bool model) {
   const Device device(x_in);
-  Tensor dy = unit_stride(dy_in), x = unit_stride(x_in);
+  Tensor dy = unit_stride(dy_in), x = unit_stride(x_in), dtotal = dtotal_in ? unit_stride(*dtotal_in) : x;
   const Tensor weight = unit_stride(weight_in), rstd = torch::stable::contiguous(rstd_in);
   STD_TORCH_CHECK(dtype_of(dy) == dtype_of(weight), "dy must have the weight's dtype");
+  STD_TORCH_CHECK(dtype_of(dtotal) == dtype_of(x), "dtotal must have the total's dtype");
   const int64_t n = x.size(x.dim() - 1);
   Tensor dx = device_empty(x.sizes(), dtype_of(x), x), dweight = device_empty(weight.sizes(), dtype_of(weight), x);
   if (!x.numel()) return {dx, torch::stable::zero_(dweight)};
-  if (!LaunchRows<2>({&dy, &x}, 1).fits) dy = torch::stable::contiguous(dy), x = torch::stable::contiguous(x);
-  const LaunchRows<2> rows({&dy, &x}, 1);
+  if (!LaunchRows<3>({&dy, &x, &dtotal}, 1).fits) {
+    dy = torch::stable::contiguous(dy);
+    x = torch::stable::contiguous(x);
+    dtotal = torch::stable::contiguous(dtotal);
+  }
+  const LaunchRows<3> rows({&dy, &x, &dtotal}, 1);
   const int64_t groups = mk_cuda_rms_norm_groups(rows.sizes.rows, n);
   const Tensor partials = device_empty({groups, n}, Dtype::f32, x);
   cuda::RmsNormBackward a = {};
+  a.dtotal = dtotal_in ? device_data(dtotal) : nullptr;
   a.dy = device_data(dy), a.x = device_data(x), a.weight = device_data(weight);
   a.rstd = static_cast<const float*>(device_data(rstd));
   a.dx = device_mutable_data(dx), a.dweight = device_mutable_data(dweight);
   a.partials = static_cast<float*>(device_mutable_data(partials));
-  a.sizes = rows.sizes, a.dy_rows = rows.strides[0], a.x_rows = rows.strides[1];
+  a.sizes = rows.sizes, a.dy_rows = rows.strides[0], a.x_rows = rows.strides[1], a.dtotal_rows = rows.strides[2];
   a.n = n, a.groups = groups, a.inverse_n = 1.0 / static_cast<double>(n);
   a.dtype = dtype_index(x), a.weight_dtype = dtype_index(weight);
   a.model_rounding = model;
   check_launch(mk_cuda_rms_norm_backward(a, device.stream()), "rms_norm_backward");
   return {dx, dweight};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                             const Tensor& rstd, bool model) {
+  return run_backward(dy, nullptr, x, weight, rstd, model);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_backward(const Tensor& dy, const Tensor& dtotal, const Tensor& total,
+                                                 const Tensor& weight, const Tensor& rstd, bool model) {
+  return run_backward(dy, &dtotal, total, weight, rstd, model);
 }
 
 }  // namespace
@@ -85,4 +102,5 @@ STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, MK_CUDA_KEY, m) {
   m.impl("rms_norm_cuda", TORCH_BOX(&mk::rms_norm));
   m.impl("add_rms_norm_cuda", TORCH_BOX(&mk::add_rms_norm));
   m.impl("rms_norm_backward_cuda", TORCH_BOX(&mk::rms_norm_backward));
+  m.impl("add_rms_norm_backward_cuda", TORCH_BOX(&mk::add_rms_norm_backward));
 }
