@@ -1,5 +1,6 @@
 """What the Triton kernels of several ops share: launching, rows with any strides, rotations."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -34,6 +35,12 @@ def power_of_2(n: int) -> int:
 def alignment(*strides: int) -> int:
     """The power of two, at most ALIGNMENT, that divides every stride: what a kernel may promise the compiler."""
     return math.gcd(ALIGNMENT, *strides)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """The multiprocessors that programs spread over; 132 (an H100's) where there is no GPU to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 class Rows(NamedTuple):

@@ -28,6 +28,7 @@ _backward = Op(
     eager=reference.rms_norm_backward,
     fake=_fake_backward,
     cuda=True,
+    triton="rms_norm.triton_backward:rms_norm_backward",
 )
 _add_backward = Op(
     "add_rms_norm_backward(Tensor dy, Tensor dtotal, Tensor total, Tensor weight, Tensor rstd, bool model_rounding)"
@@ -35,6 +36,7 @@ _add_backward = Op(
     eager=reference.add_rms_norm_backward,
     fake=lambda dy, dtotal, *rest: _fake_backward(dy, *rest),
     cuda=True,
+    triton="rms_norm.triton_backward:add_rms_norm_backward",
 )
 
 

@@ -19,11 +19,13 @@ _backward = Op(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     eager=reference.swiglu_backward,
     fake=lambda dy, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+    triton="swiglu.triton_kernel:swiglu_backward",
 )
 _packed_backward = Op(
     "swiglu_packed_backward(Tensor dy, Tensor gate_up) -> Tensor",
     eager=reference.swiglu_packed_backward,
     fake=lambda dy, gate_up: gate_up.new_empty(gate_up.shape),
+    triton="swiglu.triton_kernel:swiglu_packed_backward",
 )
 
 
@@ -37,7 +39,7 @@ _swiglu = Op(
     fake=_fake,
     triton="swiglu.triton_kernel:swiglu",
     setup_context=_save,
-    backward=lambda ctx, dy: _backward(None, dy, *ctx.saved_tensors),
+    backward=lambda ctx, dy: _backward(ctx.impl, dy, *ctx.saved_tensors),
 )
 _swiglu_packed = Op(
     "swiglu_packed(Tensor gate_up) -> Tensor",
@@ -45,7 +47,7 @@ _swiglu_packed = Op(
     fake=_fake_packed,
     triton="swiglu.triton_kernel:swiglu_packed",
     setup_context=_save,
-    backward=lambda ctx, dy: _packed_backward(None, dy, *ctx.saved_tensors),
+    backward=lambda ctx, dy: _packed_backward(ctx.impl, dy, *ctx.saved_tensors),
 )
 
 

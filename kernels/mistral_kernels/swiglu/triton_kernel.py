@@ -25,6 +25,15 @@ def _exp(x):
     return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
 
 
+@triton.jit
+def _sigmoid(x, EXACT: tl.constexpr):
+    if EXACT:
+        s = tl.div_rn(1.0, 1 + _exp(-x))
+    else:
+        s = 1 / (1 + tl.exp(-x))
+    return s
+
+
 @triton.jit(do_not_specialize=["count", "n1", "n2"])
 def _swiglu_kernel(
     GATE,
@@ -92,3 +101,59 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
     return swiglu(*gate_up.chunk(2, dim=-1))
+
+
+@triton.jit(do_not_specialize=["count", "n1", "n2"])
+def _swiglu_backward_kernel(
+    DY, GATE, UP, DGATE, DUP, count, n1, n2, d0, d1, d2, g0, g1, g2, u0, u1, u2,
+    N: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """OUT is the row stride of DGATE and DUP: two tensors, or the halves of one."""
+    across: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (column < N) & (row < count)[:, None]
+    dy_at = row_offset(row, n1, n2, d0, d1, d2, DEPTH, ALIGN)[:, None] + column
+    gate_at = row_offset(row, n1, n2, g0, g1, g2, DEPTH, ALIGN)[:, None] + column
+    up_at = row_offset(row, n1, n2, u0, u1, u2, DEPTH, ALIGN)[:, None] + column
+    dy = tl.load(DY + dy_at, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(GATE + gate_at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(UP + up_at, mask=mask, other=0.0).to(tl.float32)
+    s = _sigmoid(gate, DGATE.dtype.element_ty == tl.float32)
+    dgate = dy * up * s * (1 + gate * (1 - s))
+    dup = dy * gate * s
+    at = (row * OUT)[:, None] + column
+    tl.store(DGATE + at, dgate.to(DGATE.dtype.element_ty), mask=mask)
+    tl.store(DUP + at, dup.to(DUP.dtype.element_ty), mask=mask)
+
+
+def _backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, dgate: torch.Tensor, dup: torch.Tensor, out_stride: int
+) -> None:
+    """Writes dgate and dup, whose rows are `out_stride` apart."""
+    r = rows(dy, gate, up)
+    n = gate.shape[-1]
+    block = min(power_of_2(n), TILE)
+    strides = [s for tensor in r.strides for s in tensor]
+    launch(
+        _swiglu_backward_kernel, blocks(r.total, TILE // block) * blocks(n, block), gate.device,
+        *r.tensors, dgate, dup, r.total, *r.sizes, *strides,
+        N=n, OUT=out_stride, ROWS=TILE // block, BLOCK=block, DEPTH=r.depth, ALIGN=alignment(*strides),
+        num_warps=WARPS,
+    )  # fmt: skip
+
+
+def swiglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    if dgate.numel():
+        dy, gate, up = (t.view(1) if t.dim() == 0 else t for t in (dy, gate, up))
+        _backward(dy, gate, up, dgate, dup, gate.shape[-1])
+    return dgate, dup
+
+
+def swiglu_packed_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    out = gate_up.new_empty(gate_up.shape)
+    if out.numel():
+        _backward(dy, *gate_up.chunk(2, dim=-1), *out.chunk(2, dim=-1), out.shape[-1])
+    return out
