@@ -28,6 +28,10 @@ def _swiglu(f: int, dtype: torch.dtype = BF16):
     return lambda _: swiglu.swiglu_backward(*(meta(512, f, dtype=dtype) for _ in range(3)))
 
 
+def _swiglu_packed(_):
+    return swiglu.swiglu_packed_backward(meta(512, 14336), meta(512, 28672))
+
+
 SPECS = [
     Spec("rms_norm backward 128", _norm(128), narrow=2, slow=True),
     Spec("rms_norm backward 576", _norm(576), narrow=2),
@@ -41,5 +45,7 @@ SPECS = [
     Spec("add_rms_norm backward 12288", _norm(12288, total=True), narrow=2),
     Spec("swiglu backward 14336", _swiglu(14336), narrow=0),
     Spec("swiglu backward 14336 float32", _swiglu(14336, F32), narrow=0, slow=True),
-    Spec("swiglu_packed backward", lambda _: swiglu.swiglu_packed_backward(meta(512, 14336), meta(512, 28672)), narrow=0),
+    Spec(
+        "swiglu_packed backward", lambda _: swiglu.swiglu_packed_backward(meta(512, 14336), meta(512, 28672)), narrow=0
+    ),
 ]

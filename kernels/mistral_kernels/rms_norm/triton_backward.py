@@ -6,8 +6,8 @@ import triton.language as tl
 
 from .._triton import Rows, alignment, blocks, launch, power_of_2, processors, row_offset, rows
 
-# 8 elements a thread: x, dy, the weight and the partial dweight of each stay in registers, 40 to 64 of them on sm_80, 90
-# and 100 (read from SASS), with 32 warps an SM; 16 elements take over 100 and leave 16 warps. Not timed on a GPU.
+# 8 elements a thread: x, dy, the weight and the partial dweight of each stay in registers, 40 to 71 of them on sm_80,
+# 90 and 100 (read from SASS), with 24 to 32 warps an SM; 16 elements take over 100 and leave 16 warps. Not timed.
 TILE_PER_WARP = 256
 SHORT_TILE = 2048
 # 8192 elements are 32 warps, all that a program can have; longer rows are cut into columns, after a pass for the means.

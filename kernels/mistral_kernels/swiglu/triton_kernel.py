@@ -155,5 +155,6 @@ def swiglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> t
 def swiglu_packed_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(gate_up.shape)
     if out.numel():
-        _backward(dy, *gate_up.chunk(2, dim=-1), *out.chunk(2, dim=-1), out.shape[-1])
+        (gate, up), (dgate, dup) = gate_up.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        _backward(dy, gate, up, dgate, dup, out.shape[-1])
     return out
