@@ -22,7 +22,7 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, dq, dk):
     """The rotation is orthogonal (times YaRN's temperature): its transpose turns by the negative angle."""
     cos, sin, positions = ctx.saved_tensors
-    dq, dk = _rope(ctx.impl, dq, dk, cos, sin, positions, ctx.interleaved, not ctx.inverse)
+    dq, dk = _rope.like_forward(ctx.impl, dq, dk, cos, sin, positions, ctx.interleaved, not ctx.inverse)
     return dq, dk, None, None, None, None, None
 
 

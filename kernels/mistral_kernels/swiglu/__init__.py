@@ -39,7 +39,7 @@ _swiglu = Op(
     fake=_fake,
     triton="swiglu.triton_kernel:swiglu",
     setup_context=_save,
-    backward=lambda ctx, dy: _backward(ctx.impl, dy, *ctx.saved_tensors),
+    backward=lambda ctx, dy: _backward.like_forward(ctx.impl, dy, *ctx.saved_tensors),
 )
 _swiglu_packed = Op(
     "swiglu_packed(Tensor gate_up) -> Tensor",
@@ -47,7 +47,7 @@ _swiglu_packed = Op(
     fake=_fake_packed,
     triton="swiglu.triton_kernel:swiglu_packed",
     setup_context=_save,
-    backward=lambda ctx, dy: _packed_backward(ctx.impl, dy, *ctx.saved_tensors),
+    backward=lambda ctx, dy: _packed_backward.like_forward(ctx.impl, dy, *ctx.saved_tensors),
 )
 
 
