@@ -10,8 +10,8 @@ struct Outputs {
 };
 
 // residual and total are null for the norm alone.
-Outputs run(Tensor x, const Tensor* residual_in, const Tensor& weight, double eps, bool model, Tensor* total) {
-  const Device device(x);
+Outputs run(const Device& device, Tensor x, const Tensor* residual_in, const Tensor& weight, double eps, bool model,
+            Tensor* total) {
   const Dtype dtype = dtype_of(x), product = dtype_of(weight);
   const int64_t n = x.size(x.dim() - 1);
   STD_TORCH_CHECK(product == dtype || product == Dtype::f32, "weight must have x's dtype, or be float32");
@@ -40,15 +40,17 @@ Outputs run(Tensor x, const Tensor* residual_in, const Tensor& weight, double ep
 }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, bool model) {
-  const Outputs out = run(unit_stride(x), nullptr, unit_stride(weight), eps, model, nullptr);
+  const Device device(x);
+  const Outputs out = run(device, unit_stride(x), nullptr, unit_stride(weight), eps, model, nullptr);
   return {out.y, out.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual_in, const Tensor& weight,
                                                 double eps, bool model) {
+  const Device device(x);
   const Tensor residual = unit_stride(residual_in);
   Tensor total = device_empty(x.sizes(), dtype_of(x), x);
-  const Outputs out = run(unit_stride(x), &residual, unit_stride(weight), eps, model, &total);
+  const Outputs out = run(device, unit_stride(x), &residual, unit_stride(weight), eps, model, &total);
   return {out.y, total, out.rstd};
 }
 

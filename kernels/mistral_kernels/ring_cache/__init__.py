@@ -30,11 +30,17 @@ def _triton_supports(q, *_):
     return None
 
 
+def _cuda_writes(k, *_):
+    return f"the head dimension is {k.shape[-1]}, which is odd" if k.shape[-1] % 2 else None
+
+
 _write_kv = Op(
     "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor? cu) -> ()",
     eager=reference.write_kv,
     fake=lambda *_: None,
     triton="ring_cache.triton_write:write_kv",
+    cuda=True,
+    cuda_supports=_cuda_writes,
 )
 _rope_write_kv = Op(
     "rope_write_kv(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions,"
@@ -42,6 +48,7 @@ _rope_write_kv = Op(
     eager=reference.rope_write_kv,
     fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
     triton="ring_cache.triton_write:rope_write_kv",
+    cuda=True,
 )
 _attention_cached = Op(
     "attention_cached(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, int window, float scale,"
@@ -123,7 +130,7 @@ def write_kv(
         positions: int32 or int64, one a token, `[B, S]` or `[T]`: consecutive within a sequence. Negative ones
             mark idle tokens, which are not written; within a sequence they come last.
         cu_seqlens: `[B + 1]` int32, where each packed sequence starts.
-        impl: None for the fastest that can, or "reference", "cpu", "triton".
+        impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
     Of a chunk longer than the ring only the last `slots` tokens of each sequence are written.
 
@@ -157,7 +164,7 @@ def rope_write_kv(
         q: `[B, S, H, D]` or `[T, H, D]`.
         k, v, k_cache, v_cache, positions, cu_seqlens: as in `write_kv`. Idle tokens give zeros.
         cos, sin, interleaved: as in `rope`, tables `[P, D/2]`.
-        impl: None for the fastest that can, or "reference", "cpu", "triton".
+        impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
     Returns:
         `(q, k)` rotated, contiguous.
@@ -238,7 +245,7 @@ def attention_cached(
         scale: of the scores; None for `D ** -0.5`.
         cu_seqlens: `[B + 1]` int32, where each packed sequence's queries start.
         max_seqlen: the longest of them, if known: spares GPU kernels empty blocks.
-        impl: None for the fastest that can, or "reference", "cpu", "triton".
+        impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
     Returns:
         like q, contiguous; rounding as in `attention`.

@@ -32,6 +32,7 @@ _rope = Op(
     eager=reference.rope,
     fake=_fake,
     triton="rope.triton_kernel:rope",
+    cuda=True,
     setup_context=_save,
     backward=_gradients,
 )
@@ -99,7 +100,7 @@ def rope(
         positions: `[B, S]` or `[T]`, int32 or int64; None for 0 … S−1 (T−1 when packed).
         interleaved: False pairs element i with i + D/2 (Hugging Face's weights), True pairs 2i with 2i + 1
             (Mistral's own weights).
-        impl: None for the fastest that can, or "reference", "cpu", "triton".
+        impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
     Returns:
         `(q, k)` rotated, contiguous, in their dtype: float32 arithmetic, one rounding. The gradient is the rotation

@@ -20,12 +20,14 @@ _backward = Op(
     eager=reference.swiglu_backward,
     fake=lambda dy, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
     triton="swiglu.triton_kernel:swiglu_backward",
+    cuda=True,
 )
 _packed_backward = Op(
     "swiglu_packed_backward(Tensor dy, Tensor gate_up) -> Tensor",
     eager=reference.swiglu_packed_backward,
     fake=lambda dy, gate_up: gate_up.new_empty(gate_up.shape),
     triton="swiglu.triton_kernel:swiglu_packed_backward",
+    cuda=True,
 )
 
 
@@ -38,6 +40,7 @@ _swiglu = Op(
     eager=reference.swiglu,
     fake=_fake,
     triton="swiglu.triton_kernel:swiglu",
+    cuda=True,
     setup_context=_save,
     backward=lambda ctx, dy: _backward.like_forward(ctx.impl, dy, *ctx.saved_tensors),
 )
@@ -46,6 +49,7 @@ _swiglu_packed = Op(
     eager=reference.swiglu_packed,
     fake=_fake_packed,
     triton="swiglu.triton_kernel:swiglu_packed",
+    cuda=True,
     setup_context=_save,
     backward=lambda ctx, dy: _packed_backward.like_forward(ctx.impl, dy, *ctx.saved_tensors),
 )
@@ -56,7 +60,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str | None = None) -> 
 
     Args:
         gate, up: `[..., F]`, of one shape, float32, bfloat16, float16 or float64; of two dtypes they promote.
-        impl: None for the fastest that can, or "reference", "cpu", "triton".
+        impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
     Returns:
         `[..., F]`, contiguous. Computed in float32 and rounded once. The backward computes silu again and keeps
