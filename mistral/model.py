@@ -20,7 +20,7 @@ from .cache import CachedPass, RingCache
 from .config import ModelConfig
 
 _OPS = (
-    *("rms_norm", "add_rms_norm", "swiglu", "rope", "rope_table", "attention"),
+    *("rms_norm", "add_rms_norm", "linear", "swiglu", "rope", "rope_table", "attention"),
     *("rope_write_kv", "write_kv", "attention_cached"),
 )
 
@@ -65,15 +65,26 @@ class RMSNorm(nn.Module):
         return self.ops.add_rms_norm(delta, residual, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """nn.Linear through `ops`: of few rows, as in decoding, a kernel reads the weight at the memory's speed."""
+
+    def __init__(self, inputs: int, outputs: int, ops: SimpleNamespace, bias: bool = False):
+        super().__init__(inputs, outputs, bias=bias)
+        self.ops = ops
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ops: SimpleNamespace):
         super().__init__()
         self.head_dim = config.head_dim
         q, kv, bias = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.attention_bias
-        self.wq = nn.Linear(config.dim, q, bias=bias)
-        self.wk = nn.Linear(config.dim, kv, bias=bias)
-        self.wv = nn.Linear(config.dim, kv, bias=bias)
-        self.wo = nn.Linear(q, config.dim, bias=False)
+        self.wq = Linear(config.dim, q, ops, bias)
+        self.wk = Linear(config.dim, kv, ops, bias)
+        self.wv = Linear(config.dim, kv, ops, bias)
+        self.wo = Linear(q, config.dim, ops)
 
     def forward(self, x: torch.Tensor, plan: Any, rings: Any) -> torch.Tensor:
         q, k, v = (w(x).view(*x.shape[:-1], -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
@@ -84,9 +95,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, ops: SimpleNamespace):
         super().__init__()
         self.ops = ops
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w1 = Linear(config.dim, config.hidden_dim, ops)
+        self.w2 = Linear(config.hidden_dim, config.dim, ops)
+        self.w3 = Linear(config.dim, config.hidden_dim, ops)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(self.ops.swiglu(self.w1(x), self.w3(x)))
@@ -96,7 +107,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig, ops: SimpleNamespace):
         super().__init__()
         self.attention_norm = RMSNorm(config, ops)
-        self.attention = Attention(config)
+        self.attention = Attention(config, ops)
         self.ffn_norm = RMSNorm(config, ops)
         self.feed_forward = FeedForward(config, ops)
 
@@ -165,7 +176,7 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, self.ops) for _ in range(config.n_layers))
         self.norm = RMSNorm(config, self.ops)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, self.ops)
         self.rope = RopeTables(config, self.ops)
 
     @property
@@ -235,7 +246,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: torch.Tensor, float32: bool = False) -> torch.Tensor:
         """The output projection of what `hidden` returns."""
         if self.output is None:
-            logits = nn.functional.linear(hidden, self.tok_embeddings.weight)
+            logits = self.ops.linear(hidden, self.tok_embeddings.weight)
         else:
             logits = self.output(hidden)
         return logits.float() if float32 else logits

@@ -28,6 +28,7 @@ CALLS = {
     "add_rms_norm": lambda: (leaf(3, 16), leaf(3, 16, seed=1), leaf(16, seed=2), 1e-5, False),
     "swiglu": lambda: (leaf(3, 9), leaf(3, 9, seed=1)),
     "swiglu_packed": lambda: (leaf(2, 3, 10),),
+    "linear": lambda: (leaf(2, 3, 16), leaf(5, 16, seed=1), leaf(5, seed=2)),
     "rope": lambda: (*qkv()[:2], COS, SIN, torch.arange(14).view(2, 7), True, False),
     "attention": lambda: (*qkv(), 3, 0.4, True, None, None, 7, 7),
     "rms_norm_backward": lambda: (fill((3, 8)), fill((3, 8)), fill((8,)), fill((3,)), True),

@@ -76,23 +76,6 @@ struct Decode {
   }
 };
 
-// Lane i becomes the sum of t[i].
-template <int half = 1, int n, class V>
-MK_INLINE V sum_each(V (&t)[n]) {
-  if constexpr (n == 1) {
-    return t[0];
-  } else {
-    V u[n / 2];
-#pragma GCC unroll 8
-    for (int i = 0; i < n / 2; i++) {
-      V a = t[2 * i], b = t[2 * i + 1];
-      exchange<half>(a, b, typename Count<sizeof(V) / sizeof(t[0][0])>::type());
-      u[i] = a + b;
-    }
-    return sum_each<2 * half>(u);
-  }
-}
-
 template <int>
 struct Number {};
 

@@ -1,69 +1,11 @@
-// What the attention kernels share: the three kinds of arithmetic, the product of a few rows with packed columns held
-// in registers, and the online softmax of a row of scores.
-//
-// A "word" is what one step of a product consumes: a float, a double, or a pair of bf16 that vdpbf16ps multiplies at
-// once.
+// What the attention kernels share: the product of a few rows with packed columns held in registers, and the online
+// softmax of a row of scores.
 #pragma once
+#include "cpu/arithmetic.h"
 #include "cpu/attention.h"
-#include "cpu/vec.h"
 
 namespace mk::MK_ISA {
 namespace {
-
-struct Float32 {
-  using Scalar = float;
-  using Vec = vf;
-  using Word = float;
-  using Words = vf;
-  static constexpr int width = lanes, step = 1, degree = 6;
-  MK_INLINE Words splat(Word w) { return set1(w); }
-  MK_INLINE void multiply_add(Vec& c, Words a, Words b) { c += a * b; }
-};
-
-struct Float64 {
-  using Scalar = double;
-  using Vec = vd;
-  using Word = double;
-  using Words = vd;
-  static constexpr int width = lanes / 2, step = 1, degree = 0;
-  MK_INLINE Words splat(Word w) { return set1(w); }
-  MK_INLINE void multiply_add(Vec& c, Words a, Words b) { c += a * b; }
-};
-
-#if MK_BF16
-struct PairsBf16 {
-  using Scalar = float;
-  using Vec = vf;
-  using Word = uint32_t;
-  using Words = vu;
-  static constexpr int width = lanes, step = 2, degree = 5;
-  MK_INLINE Words splat(Word w) { return set1(w); }
-  MK_INLINE void multiply_add(Vec& c, Words a, Words b) {
-    c = (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-  }
-};
-#else
-using PairsBf16 = Float32;
-#endif
-
-template <class T>
-struct ArithmeticOf;
-template <>
-struct ArithmeticOf<float> {
-  using type = Float32;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = Float64;
-};
-template <>
-struct ArithmeticOf<f16> {
-  using type = Float32;
-};
-template <>
-struct ArithmeticOf<bf16> {
-  using type = PairsBf16;
-};
 
 // Registers: rows * vectors accumulators, one row of columns, one broadcast. 32 of them hold 6 x 4, 16 hold 6 x 2.
 constexpr int strip_rows = 6;
@@ -73,50 +15,9 @@ constexpr int strip_vectors = 2;
 constexpr int strip_vectors = 4;
 #endif
 
-MK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-MK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-MK_INLINE int64_t round_down(int64_t a, int64_t to) { return a / to * to; }
-MK_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
-
-template <class V, class T>
-MK_INLINE V load_words(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class V, class T>
-MK_INLINE void store_words(T* p, V v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-
 template <class V>
 MK_INLINE V larger(V a, V b) {
   return a > b ? a : b;
-}
-
-template <int... I>
-struct Indices {};
-template <int n, int... I>
-struct Count : Count<n - 1, n - 1, I...> {};
-template <int... I>
-struct Count<0, I...> {
-  using type = Indices<I...>;
-};
-
-template <int by, class V, int... I>
-MK_INLINE V rotate(V v, Indices<I...>) {
-  return __builtin_shufflevector(v, v, (I + by) % int{sizeof...(I)}...);
-}
-
-// Joins all lanes by halves, which is a fixed order; lane by lane the compiler goes through memory, at twice the time
-// of a short row's whole softmax.
-template <int half, class V, class Join>
-MK_INLINE auto fold(V v, Join join) {
-  if constexpr (half == 0)
-    return v[0];
-  else
-    return fold<half / 2>(join(v, rotate<half>(v, typename Count<sizeof(V) / sizeof(v[0])>::type())), join);
 }
 
 template <class M>

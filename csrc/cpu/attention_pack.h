@@ -20,15 +20,6 @@ MK_INLINE int64_t value_columns(int64_t dim) {
   return round_up(dim, M::width);
 }
 
-// Exchanges the blocks of `half` lanes at odd places in a with those at even places in b.
-template <int half, class V, int... I>
-MK_INLINE void exchange(V& a, V& b, Indices<I...>) {
-  constexpr int n = sizeof...(I);
-  const V low = __builtin_shufflevector(a, b, (I & half ? n + I - half : I)...);
-  b = __builtin_shufflevector(a, b, (I & half ? n + I : I + half)...);
-  a = low;
-}
-
 template <int half, int n, class V>
 MK_INLINE void exchange_all(V (&t)[n]) {
 #pragma GCC unroll 16

@@ -67,6 +67,8 @@ class Rows {
   }
 
   int64_t count() const { return count_; }
+  // Runs of rows at equal distances.
+  int64_t runs() const { return dims_ ? count_ / (size_[dims_ - 1] ? size_[dims_ - 1] : 1) : 1; }
   int64_t stride(int i) const { return dims_ ? stride_[dims_ - 1][i] : 0; }
   // The merged dimensions, outermost first.
   int dims() const { return dims_; }

@@ -4,6 +4,7 @@ from . import reference as reference
 from ._dispatch import backends
 from ._using import using
 from .attention import attention
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .ring_cache import attention_cached, rope_write_kv, write_kv
 from .rms_norm import add_rms_norm, rms_norm
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "attention_cached",
     "backends",
+    "linear",
     "linear_cross_entropy",
     "reference",
     "rms_norm",

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 from ._dispatch import check_impl
 from .attention import attention
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .ring_cache import attention_cached, rope_write_kv, write_kv
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_table
 from .swiglu import swiglu, swiglu_packed
 
+LINEAR_IMPLS = (None, "reference", "cpu")
 OPS = (
     *(add_rms_norm, attention, attention_cached, linear_cross_entropy, rms_norm, rope, rope_write_kv),
     *(swiglu, swiglu_packed, write_kv),
@@ -19,6 +21,8 @@ OPS = (
 
 def using(impl: str | None = None) -> SimpleNamespace:
     """The package's ops, each bound to one implementation: `using(impl="triton").rms_norm(x, weight)`.
+
+    `linear` alone is not written in every implementation; where it is not, it is left to choose.
 
     Args:
         impl: None, "reference", "cpu" or "triton".
@@ -32,4 +36,5 @@ def using(impl: str | None = None) -> SimpleNamespace:
     """
     check_impl(impl)
     bound = {op.__name__: functools.update_wrapper(functools.partial(op, impl=impl), op) for op in OPS}
-    return SimpleNamespace(rope_table=rope_table, impl=impl, **bound)
+    chosen = functools.partial(linear, impl=impl if impl in LINEAR_IMPLS else None)
+    return SimpleNamespace(rope_table=rope_table, impl=impl, linear=chosen, **bound)

@@ -249,6 +249,14 @@ def swiglu_packed_case(shape: tuple[int, ...]) -> Case:
     return Case("swiglu_packed", str(list(shape)), lambda kind: dict(gate_up=fill(shape, kind)))
 
 
+def linear_case(lead: tuple[int, ...], k: int, n: int, bias: bool = False) -> Case:
+    def make(kind: str) -> dict[str, Any]:
+        made = dict(x=fill((*lead, k), kind), weight=fill((n, k), seed=1))
+        return made | (dict(bias=fill((n,), seed=2)) if bias else {})
+
+    return Case("linear", f"{[*lead, k]} by {[n, k]}{' with bias' if bias else ''}", make)
+
+
 def linear_cross_entropy_case(
     shape: tuple[int, ...],
     vocabulary: int,
@@ -400,6 +408,8 @@ def cases() -> Iterator[Case]:
     for shape in ((1, 1), (3, 7), (2, 3, 1536), (5, 1000), (2, 14336)):
         yield swiglu_case(shape)
         yield swiglu_packed_case((*shape[:-1], 2 * shape[-1]))
+    for lead, k, n in (((1,), 576, 192), ((2, 3), 1000, 33), ((16,), 64, 8), ((40,), 96, 50), ((1,), 5000, 40)):
+        yield linear_case(lead, k, n, bias=n % 2 == 1)
     for reduction in ("mean", "sum", "none"):
         yield linear_cross_entropy_case((5, 24), 7, reduction)
         yield linear_cross_entropy_case((2, 75, 64), 1000, reduction, ignored=3, chunk=37)

@@ -28,7 +28,10 @@ examples:
   python -m mistral_kernels.verify --interpret --impl triton     Triton's kernels on a machine without a GPU
   python -m mistral_kernels.verify --json parity.json"""
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
-DIFFERENTIABLE = ("rms_norm", "add_rms_norm", "swiglu", "swiglu_packed", "rope", "attention", "linear_cross_entropy")
+DIFFERENTIABLE = (
+    *("rms_norm", "add_rms_norm", "swiglu", "swiglu_packed", "linear", "rope", "attention"),
+    "linear_cross_entropy",
+)
 INTERPRETER_BF16 = "Triton's interpreter miscomputes bfloat16 (triton issue 11584)"
 
 

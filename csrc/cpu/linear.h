@@ -1,0 +1,24 @@
+// A linear layer of few rows: the time is that of reading the weight once.
+#pragma once
+#include "cpu/isa.h"
+
+namespace mk {
+
+// out[i][first ... first + count) = x[i] . weight[n] + bias[n] for i < rows <= linear_rows; k elements in a row of x
+// and of the weight, whose last dimension has stride 1. bias may be null.
+struct LinearRows {
+  const void *x, *weight, *bias;
+  void* out;
+  int64_t x_row, weight_row, out_row, rows, k, first, count;
+};
+
+constexpr int64_t linear_rows = 16;
+constexpr int64_t linear_group = 8;  // outputs computed together; shares of threads are multiples of it
+
+struct LinearKernels {
+  void (*run[dtypes])(const LinearRows&);  // null for float64
+};
+
+}  // namespace mk
+
+MK_KERNELS(LinearKernels, linear)

@@ -1,0 +1,79 @@
+"""The linear layer. With few rows, as in decoding, its time is that of reading the weight once."""
+
+import torch
+
+from .. import _checks
+from .._dispatch import Op
+from . import reference
+
+FEW_ROWS = 16  # up to so many the C++ kernel is quicker than torch's matrix product
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _gradients(ctx, dy):
+    needed = ctx.needs_input_grad
+    return reference.linear_backward(dy, *ctx.saved_tensors, (needed[0], needed[1], ctx.has_bias and needed[2]))
+
+
+_linear = Op(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    eager=reference.linear,
+    fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    setup_context=_save,
+    backward=_gradients,
+)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight is {_checks.shape(weight)}; it must be [N, K]")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x is {_checks.shape(x)}; with weight {_checks.shape(weight)} it must be [..., {weight.shape[1]}]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias is {_checks.shape(bias)}; with weight {_checks.shape(weight)} it must be [{weight.shape[0]}]"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} is {t.dtype} but x is {x.dtype}; they must be equal")
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str | None = None
+) -> torch.Tensor:
+    """`x · weightᵀ + bias`, what `torch.nn.functional.linear` means.
+
+    On a CPU with up to 16 rows (all dimensions of x but the last) a kernel reads the weight once, at the speed of
+    the memory; everything else is torch's matrix product, and so are the gradients. Under `torch.autocast` torch's
+    function decides the dtype, and takes the call.
+
+    Args:
+        x: `[..., K]`, float32, bfloat16, float16 or float64.
+        weight: `[N, K]` of x's dtype; with stride 1 in the last dimension it is read in place.
+        bias: `[N]` or None.
+        impl: None for the fastest that can, or "reference", "cpu". There is none in Triton.
+
+    Returns:
+        `[..., N]`, contiguous, in x's dtype: summed in float32 and rounded once.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or the dtypes differ.
+        ValueError: shapes or devices do not fit.
+        NotImplementedError: `impl` cannot run here.
+    """
+    if impl is None:
+        kind = x.device.type if isinstance(x, torch.Tensor) else "cpu"
+        if torch.is_autocast_enabled(kind):
+            return reference.linear(x, weight, bias)
+    _checks.floating(x=x, weight=weight, bias=bias)
+    _check(x, weight, bias)
+    if impl is None and (kind != "cpu" or x.numel() > FEW_ROWS * x.shape[-1]):
+        return reference.linear(x, weight, bias)
+    return _linear(impl, x, weight, bias)
