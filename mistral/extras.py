@@ -4,8 +4,8 @@ import importlib
 from types import ModuleType
 
 
-def need(module: str) -> ModuleType:
-    """Imports a package of the extra `model`.
+def need(module: str, extra: str = "model") -> ModuleType:
+    """Imports a package of one of the extras in pyproject.toml.
 
     Raises:
         ModuleNotFoundError: it is not installed; says what to install.
@@ -15,5 +15,5 @@ def need(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        message = f"{error.name} is not installed: pip install 'mistral-kernels[model]'"
+        message = f"{error.name} is not installed: pip install 'mistral-kernels[{extra}]'"
         raise ModuleNotFoundError(message, name=error.name) from None
