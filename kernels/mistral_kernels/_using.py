@@ -1,6 +1,7 @@
 """The ops with one implementation chosen for all of them."""
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 from ._dispatch import check_impl
@@ -14,7 +15,7 @@ from .swiglu import swiglu, swiglu_packed
 
 LINEAR_IMPLS = (None, "reference", "cpu")
 OPS = (
-    *(add_rms_norm, attention, attention_cached, linear_cross_entropy, rms_norm, rope, rope_write_kv),
+    *(add_rms_norm, attention, attention_cached, linear, linear_cross_entropy, rms_norm, rope, rope_write_kv),
     *(swiglu, swiglu_packed, write_kv),
 )
 
@@ -35,6 +36,9 @@ def using(impl: str | None = None) -> SimpleNamespace:
         NotImplementedError: an implementation that cannot run on this machine, with the reason.
     """
     check_impl(impl)
-    bound = {op.__name__: functools.update_wrapper(functools.partial(op, impl=impl), op) for op in OPS}
-    chosen = functools.partial(linear, impl=impl if impl in LINEAR_IMPLS else None)
-    return SimpleNamespace(rope_table=rope_table, impl=impl, linear=chosen, **bound)
+
+    def bind(op: Callable) -> Callable:
+        chosen = None if op is linear and impl not in LINEAR_IMPLS else impl
+        return functools.update_wrapper(functools.partial(op, impl=chosen), op)
+
+    return SimpleNamespace(rope_table=rope_table, impl=impl, **{op.__name__: bind(op) for op in OPS})
