@@ -1,0 +1,96 @@
+"""The machine's own limits, measured in the same rounds as the ops: read and copy bandwidth, GEMM rate.
+
+On a CPU the bandwidths come from `probe.c`, compiled when the benchmark starts; without a C compiler from torch's
+`sum` and `copy_`. The GEMM rate is torch's matrix product of the row's dtype.
+"""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMPILERS = ("cc", "gcc", "clang")
+
+
+@functools.cache
+def _probe() -> Any:
+    """The compiled probe, or None."""
+    compiler = next((c for c in COMPILERS if shutil.which(c)), None)
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/probe.so"
+        source = Path(__file__).with_name("probe.c")
+        flags = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+        if subprocess.run([compiler, *flags, source, "-o", out], capture_output=True).returncode:
+            return None
+        library = ctypes.CDLL(out)
+    library.probe_read.restype = ctypes.c_uint64
+    library.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.probe_copy.restype = None
+    library.probe_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return library
+
+
+def _aligned(count: int) -> torch.Tensor:
+    t = torch.ones(count + 64, dtype=torch.int32)
+    skip = -t.data_ptr() % 64 // 4
+    return t[skip : skip + count]
+
+
+class Limits:
+    """Calls whose rate is a limit, and what one call moves or computes.
+
+    Args:
+        device: "cpu" or "cuda".
+        quick: smaller buffers; they are still larger than a CPU's caches usually are.
+    """
+
+    def __init__(self, device: str, quick: bool = False):
+        self.device, self.quick = device, quick
+        self.bytes = (1 << 30 if device == "cuda" else 1 << 27) >> (1 if quick else 0)
+        self.size = 8192 if device == "cuda" else 1024 if quick else 2048
+        self.source = {
+            "read": "probe.c" if device == "cpu" and _probe() is not None else "torch.sum",
+            "copy": "probe.c, streaming stores" if device == "cpu" and _probe() is not None else "Tensor.copy_",
+            "gemm": f"torch.mm of {self.size} x {self.size} x {self.size}",
+        }
+
+    @functools.cached_property
+    def _buffers(self) -> list[torch.Tensor]:
+        if self.device == "cuda":
+            return [torch.ones(self.bytes // 4, dtype=torch.float32, device="cuda") for _ in range(2)]
+        return [_aligned(self.bytes // 4) for _ in range(2)]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - one Limits lives as long as the program
+    def _matrices(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.randn(self.size, self.size, device=self.device).to(dtype) for _ in range(2)]
+
+    def amount(self, kind: str) -> float:
+        """Bytes, read and written, or FLOPs of one call."""
+        if kind == "gemm":
+            return 2.0 * self.size**3
+        return float(self.bytes * (2 if kind == "copy" else 1))
+
+    def call(self, kind: str, dtype: torch.dtype) -> Callable[[], Any]:
+        """What to time for one limit."""
+        if kind == "gemm":
+            a, b = self._matrices(dtype)
+            out = torch.empty_like(a)
+            return lambda: torch.mm(a, b, out=out)
+        if kind not in ("read", "copy"):
+            raise ValueError(f"limit {kind!r} is not known; there are read, copy and gemm")
+        a, b = self._buffers
+        probe = _probe() if self.device == "cpu" else None
+        if probe is None:
+            return (lambda: a.sum()) if kind == "read" else (lambda: b.copy_(a))
+        threads, size = torch.get_num_threads(), self.bytes
+        if kind == "read":
+            return lambda: probe.probe_read(a.data_ptr(), size, threads)
+        return lambda: probe.probe_copy(b.data_ptr(), a.data_ptr(), size, threads)

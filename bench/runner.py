@@ -1,0 +1,193 @@
+"""Checks a row's parity on the inputs it times, then times ours, its peers and the machine's limit in turn."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from . import machine, timing
+from .cases import Bench, Candidate, another, eager, ours, timed_call
+from .limits import Limits
+from .parity import Judge, Verdict
+
+LIMIT = "limit"
+COLD_SETS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How rows are run.
+
+    Args:
+        only: a part of a row's key.
+        peers: names of peers to time; None for all.
+    """
+
+    device: str = "cpu"
+    quick: bool = False
+    only: str = ""
+    peers: tuple[str, ...] | None = None
+    effort: timing.Effort = timing.FULL
+
+    def wants(self, name: str) -> bool:
+        return self.peers is None or name in self.peers
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of a report; `refused` says why there are no times.
+
+    Attributes:
+        seconds: of each candidate, `limit` included: median, low, high and count.
+        ratios: of each peer, how many times as long it takes as ours.
+        share: of the limit that ours reaches: 1 is the machine's own speed.
+        parity: of each candidate, its worst error as a share of the budget; over 1, it is less exact than allowed.
+        left_out: peers that were not timed, and why.
+    """
+
+    key: str
+    command: str
+    family: str
+    op: str
+    direction: str
+    case: str
+    dtype: str
+    bytes: dict[str, Any]
+    flops: dict[str, Any]
+    limit: str
+    curve: tuple[str, str, int] | None
+    refused: str = ""
+    seconds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    ratios: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    share: dict[str, float] | None = None
+    limit_rate: float = 0.0
+    parity: dict[str, float] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def amount(self) -> float:
+        """What the limit is about: bytes or FLOPs."""
+        return float((self.flops if self.limit == "gemm" else self.bytes)["value"])
+
+    @property
+    def rate(self) -> float:
+        """Bytes or FLOPs a second of ours."""
+        return self.amount / self.seconds["ours"]["median"] if "ours" in self.seconds else math.nan
+
+
+def empty_row(bench: Bench, command: str) -> Row:
+    return Row(
+        bench.key,
+        command,
+        bench.family,
+        bench.case.op,
+        bench.direction,
+        bench.case.label,
+        bench.dtype,
+        dataclasses.asdict(bench.bytes),
+        dataclasses.asdict(bench.flops),
+        bench.limit,
+        bench.curve,
+    )
+
+
+def input_sets(bench: Bench, arguments: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """Copies of the arguments that together are twice the last cache, so that each call finds its own in memory."""
+    if bench.limit == "gemm" or device == "cuda":
+        return [arguments]
+    tensors = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
+    size = max(1, sum(t.numel() * t.element_size() for t in tensors))
+    count = min(COLD_SETS, math.ceil(2 * machine.last_cache_bytes() / size))
+    return [arguments, *(another(arguments, n) for n in range(1, count))]
+
+
+class RowRunner:
+    """One row on its way: candidates that were prepared and judged, ready to be timed."""
+
+    def __init__(self, bench: Bench, settings: Settings, command: str):
+        self.bench, self.settings = bench, settings
+        self.row = empty_row(bench, command)
+        self.sets = input_sets(bench, bench.arguments(settings.device), settings.device)
+        self.calls: dict[str, list[Callable[[], Any]]] = {}
+
+    def _prepare(self, candidate: Candidate, judge: Judge) -> Verdict:
+        calls = [timed_call(candidate, arguments, self.bench.backward) for arguments in self.sets]
+        call, outputs = calls[0]
+        verdict = judge(outputs(call()))
+        self.row.parity[candidate.name] = verdict.share
+        self.calls[candidate.name] = [c for c, _ in calls]
+        return verdict
+
+    def _add_peer(self, candidate: Candidate, judge: Judge) -> None:
+        try:
+            verdict = self._prepare(candidate, judge)
+        except Exception as error:  # a peer may fail in any way; the row lives without it
+            self.row.left_out[candidate.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            self.calls.pop(candidate.name, None)
+            return
+        if not verdict.same_function:
+            self.row.left_out[candidate.name] = (
+                f"computes something else: RMS error {verdict.relative:.2g} of the result"
+            )
+            self.calls.pop(candidate.name)
+
+    def judge_all(self) -> bool:
+        """Prepares and judges everybody; False where ours fails, and then nothing is timed."""
+        bench = self.bench
+        judge = Judge(bench, self.sets[0])
+        verdict = self._prepare(ours(bench.case.op), judge)
+        if not verdict.passed:
+            self.row.refused = f"parity fails: {verdict.where} is {verdict.share:.3g} times its error budget away"
+            return False
+        if bench.eager and self.settings.wants("eager"):
+            self._add_peer(eager(bench.case.op), judge)
+        for peer in bench.peers(self.settings.device):
+            if self.settings.wants(peer.name):
+                self._add_peer(peer, judge)
+        return True
+
+    def time_all(self, limits: Limits, stopwatch: timing.Stopwatch) -> None:
+        """Times all that were prepared with the limit, and fills in the row."""
+        bench, row = self.bench, self.row
+        limit = limits.call(bench.limit, getattr(torch, bench.dtype))
+        candidates: dict[str, Sequence[Callable]] = self.calls | {LIMIT: [limit]}
+        samples = timing.alternate(candidates, self.settings.effort, stopwatch)
+        fill_row(row, samples, limits.amount(bench.limit))
+
+
+def fill_row(row: Row, samples: dict[str, list[float]], limit_amount: float) -> None:
+    """The figures that follow from the samples; ratios and shares are taken round by round."""
+    row.seconds = {name: dataclasses.asdict(timing.spread(s)) for name, s in samples.items()}
+    row.ratios = {
+        name: dataclasses.asdict(timing.ratios(samples["ours"], s))
+        for name, s in samples.items()
+        if name not in ("ours", LIMIT)
+    }
+    pairs = zip(samples["ours"], samples[LIMIT], strict=True)
+    shares = [row.amount / mine * limit / limit_amount for mine, limit in pairs]
+    row.share = dataclasses.asdict(timing.spread(shares))
+    row.limit_rate = limit_amount / statistics.median(samples[LIMIT])
+
+
+def run_row(
+    bench: Bench,
+    settings: Settings,
+    limits: Limits,
+    command: str,
+    stopwatch: timing.Stopwatch | None = None,
+) -> Row:
+    """Runs one row; without parity it is refused, and has no times."""
+    with torch.no_grad():
+        runner = RowRunner(bench, settings, command)
+        if runner.judge_all():
+            runner.time_all(limits, stopwatch or timing.Stopwatch(settings.device))
+    return runner.row
+
+
+def chosen(benches: Iterable[Bench], settings: Settings) -> list[Bench]:
+    """Those with `only` in their key, or the one whose key it is."""
+    found = [b for b in benches if settings.only in b.key and (b.quick or not settings.quick)]
+    return [b for b in found if b.key == settings.only] or found
