@@ -6,6 +6,7 @@ from ._using import using
 from .attention import attention
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .patch import patch, register_attention, unpatch
 from .ring_cache import attention_cached, rope_write_kv, write_kv
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_table
@@ -19,13 +20,16 @@ __all__ = [
     "backends",
     "linear",
     "linear_cross_entropy",
+    "patch",
     "reference",
+    "register_attention",
     "rms_norm",
     "rope",
     "rope_table",
     "rope_write_kv",
     "swiglu",
     "swiglu_packed",
+    "unpatch",
     "using",
     "write_kv",
 ]
