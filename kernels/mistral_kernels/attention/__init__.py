@@ -9,6 +9,7 @@ from .._dispatch import Op
 from . import reference
 
 MAX_TRITON_HEAD_DIM = 256
+MAX_CUDA_HEAD_DIM = 256
 
 
 def _fake(q, k, v, window, scale, causal, cu_q, cu_k, max_q, max_k):
@@ -19,6 +20,14 @@ def _fake(q, k, v, window, scale, causal, cu_q, cu_k, max_q, max_k):
 def _triton_supports(q, *_):
     if q.shape[-1] > MAX_TRITON_HEAD_DIM:
         return f"the head dimension is {q.shape[-1]}, over {MAX_TRITON_HEAD_DIM}"
+    return None
+
+
+def cuda_supports(q, *_):
+    """Why CUDA C++ cannot attend with queries like q, or None."""
+    dim = q.shape[-1]
+    if dim > MAX_CUDA_HEAD_DIM or dim % 8:
+        return f"the head dimension is {dim}; it must be a multiple of 8 up to {MAX_CUDA_HEAD_DIM}"
     return None
 
 
@@ -39,7 +48,7 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, dout, dlse):
     q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
     lengths = (ctx.window, ctx.scale, ctx.causal, cu_q, cu_k, ctx.max_q, ctx.max_k)
-    return *_backward(None, dout, dlse, q, k, v, out, lse, *lengths), *(None,) * 7
+    return *_backward.like_forward(ctx.impl, dout, dlse, q, k, v, out, lse, *lengths), *(None,) * 7
 
 
 _attention = Op(
@@ -48,6 +57,8 @@ _attention = Op(
     fake=_fake,
     triton="attention.triton_forward:attention",
     triton_supports=_triton_supports,
+    cuda=True,
+    cuda_supports=cuda_supports,
     setup_context=_save,
     backward=_gradients,
 )
@@ -138,7 +149,7 @@ def attention(
         cu_seqlens_k: the same for k and v; None for the queries' own.
         max_seqlen_q, max_seqlen_k: the longest packed sequence, if known: spares GPU kernels empty blocks.
         return_lse: also return the log of the softmax's denominator.
-        impl: None for the fastest that can, or "reference", "cpu", "triton".
+        impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
     Returns:
         out like q, contiguous; with `return_lse` also lse, float32 `[B, H, S]` or `[H, T]`, natural logarithm. A

@@ -18,7 +18,7 @@ import torch
 
 from .. import _checks
 from .._dispatch import Op
-from ..attention import MAX_TRITON_HEAD_DIM, check_cu_seqlens, check_heads, check_window
+from ..attention import MAX_TRITON_HEAD_DIM, check_cu_seqlens, check_heads, check_window, cuda_supports
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
 from . import reference
@@ -57,6 +57,8 @@ _attention_cached = Op(
     fake=lambda q, *_: q.new_empty(q.shape),
     triton="ring_cache.triton_attention:attention_cached",
     triton_supports=_triton_supports,
+    cuda=True,
+    cuda_supports=cuda_supports,
 )
 
 

@@ -1,0 +1,75 @@
+#include "cuda/attention.h"
+#include "cuda/attention_forward.cuh"
+
+namespace mk::cuda {
+namespace {
+
+// A warp a token and head: weights of the splits from their lse, and the sum in the order of the splits.
+template <class T>
+__global__ void __launch_bounds__(attention_threads) combine_kernel(const Attention a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (attention_threads / 32) + threadIdx.x / 32;
+  const int64_t rows = a.tokens * a.heads;
+  if (row >= rows) return;
+  float largest = -INFINITY, sum = 0;
+  for (int s = 0; s < a.splits; s++) largest = fmaxf(largest, a.split_lse[s * rows + row]);
+  const float base = largest == -INFINITY ? 0.0f : largest;
+  for (int s = 0; s < a.splits; s++) sum += __expf(a.split_lse[s * rows + row] - base);
+  const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
+  for (int column = threadIdx.x % 32 * 4; column < a.dim; column += 128) {
+    float4 total = {};
+    for (int s = 0; s < a.splits; s++) {
+      const float lse = a.split_lse[s * rows + row];
+      if (lse == -INFINITY) continue;  // it saw no key
+      const float weight = __expf(lse - base) * inverse;
+      const float4 part = *reinterpret_cast<const float4*>(a.split_out + (s * rows + row) * a.dim + column);
+      total.x += part.x * weight, total.y += part.y * weight;
+      total.z += part.z * weight, total.w += part.w * weight;
+    }
+    T* out = static_cast<T*>(a.out) + row * a.dim + column;
+    if constexpr (sizeof(T) == 4)
+      *reinterpret_cast<float4*>(out) = total;
+    else
+      *reinterpret_cast<uint2*>(out) = make_uint2(pack_pair<T>(total.x, total.y), pack_pair<T>(total.z, total.w));
+  }
+  if (!a.lse || threadIdx.x % 32) return;
+  const int64_t token = row / a.heads, length = a.cu_q ? 1 : a.max_q;
+  const int head = row % a.heads;
+  a.lse[lse_at(a.cu_q != nullptr, a.tokens, a.heads, token / length, length, head, a.cu_q ? token : token % length)] =
+      sum > 0 ? base + logf(sum) : -INFINITY;
+}
+
+}  // namespace
+}  // namespace mk::cuda
+
+extern "C" int mk_cuda_attention_splits(const mk::cuda::Attention& a) {
+  using namespace mk::cuda;
+  if (a.dtype == static_cast<int>(mk::Dtype::f32) || a.max_q > few_queries) return 1;
+  const int packed_heads = packed_heads_of(a), rows = decodes(a) ? 16 : 64;
+  const int64_t tiles = (static_cast<int64_t>(a.max_q) * packed_heads + rows - 1) / rows;
+  const int64_t blocks = tiles * a.sequences * (a.heads / packed_heads);
+  int64_t keys = (a.ring_lens ? a.slots : 0) + static_cast<int64_t>(a.max_k);
+  if (a.window && a.causal && keys > a.window + a.max_q) keys = a.window + a.max_q;
+  // Two blocks a multiprocessor; a split is worth its overhead from some four blocks of 64 keys on.
+  const int64_t wanted = (2 * mk_cuda_multiprocessors() + blocks - 1) / blocks, most = keys / 256;
+  const int64_t splits = wanted < most ? wanted : most;
+  return splits < 1 ? 1 : splits > 64 ? 64 : static_cast<int>(splits);
+}
+
+extern "C" int mk_cuda_attention(const mk::cuda::Attention& a, void* stream) {
+  using namespace mk::cuda;
+  const auto on = static_cast<cudaStream_t>(stream);
+  return with_type(a.dtype, [&](auto* type) -> int {
+    using T = std::remove_pointer_t<decltype(type)>;
+    int status;
+    if constexpr (__is_same(T, bf16))
+      status = attention_forward_bf16(a, on);
+    else if constexpr (__is_same(T, f16))
+      status = attention_forward_f16(a, on);
+    else
+      status = attention_forward_f32(a, on);
+    if (status || a.splits == 1) return status;
+    const int64_t rows_of_block = attention_threads / 32, rows = a.tokens * a.heads;
+    combine_kernel<T><<<(rows + rows_of_block - 1) / rows_of_block, attention_threads, 0, on>>>(a);
+    return cudaGetLastError();
+  });
+}
