@@ -16,7 +16,7 @@ from torch import nn
 from .checkpoint import model_name, rotary_heads, stored_name, to_half_split, to_interleaved
 from .config import ModelConfig
 from .extras import need
-from .model import Transformer
+from .model import Linear, Transformer
 from .safetensors_file import Replacing, read_json, write_json
 
 NAME = "default"  # peft's own name of the first adapter
@@ -260,7 +260,7 @@ def quantize_nf4(model: nn.Module, targets: list[str], dtype: torch.dtype) -> nn
     bnb = need("bitsandbytes", "train")
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
-        if leaf not in targets or type(module) is not nn.Linear:
+        if leaf not in targets or type(module) not in (nn.Linear, Linear):
             continue
         four = bnb.nn.Linear4bit(
             module.in_features,

@@ -16,7 +16,7 @@ The third slot of the last sequence still holds its position 2.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -186,6 +186,26 @@ class CachedPass:
         out = ops.attention_cached(q, k_cache, v_cache, self.seq_lens, self.cache.window, k, v, **where)
         ops.write_kv(k, v, k_cache, v_cache, self.positions, self.cu_seqlens)
         return out
+
+    def step(
+        self, decode_layers: Callable, weights: list[torch.Tensor], biases: list[torch.Tensor], eps: float
+    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """`attend` of all layers and what lies between, as one call on the embeddings; where `write_first` is set."""
+        return lambda x: decode_layers(
+            x,
+            weights,
+            self.cache.k,
+            self.cache.v,
+            self.positions,
+            self.cos,
+            self.sin,
+            self.seq_lens,
+            self.cache.window,
+            eps,
+            biases,
+            self.cu_seqlens,
+            self.longest,
+        )
 
     def last_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Of `[T, N]`, the last position of each sequence that has tokens in this pass."""

@@ -7,7 +7,7 @@ the same pass as the RMSNorm that follows it.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,8 @@ import mistral_kernels
 from .cache import CachedPass, RingCache
 from .config import ModelConfig
 
+DECODE_TOKENS = 16  # beyond so many, what Python takes between the ops is little beside them
+DECODE_WEIGHTS = ("attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")
 _OPS = (
     *("rms_norm", "add_rms_norm", "linear", "swiglu", "rope", "rope_table", "attention"),
     *("rope_write_kv", "write_kv", "attention_cached"),
@@ -111,6 +113,19 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config, ops)
         self.feed_forward = FeedForward(config, ops)
 
+    def plain_weights(self) -> list[torch.Tensor] | None:
+        """The weights as `decode_layers` takes them; None where a part is not what it was built as: replaced, hooked
+        or compiled, so that calling the layer means more than its weights."""
+        norms, linears = ("attention_norm", "ffn_norm"), ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+        parts: dict[str, Any] = {**self._modules, **self.attention._modules, **self.feed_forward._modules}
+        kinds: dict[str, type] = dict.fromkeys(norms, RMSNorm) | dict.fromkeys(linears, Linear)
+        kinds |= dict(attention=Attention, feed_forward=FeedForward)
+        if any(type(parts[name]) is not kind for name, kind in kinds.items()):
+            return None
+        if any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in (self, *parts.values())):
+            return None
+        return [parts[name]._parameters["weight"] for name in DECODE_WEIGHTS]
+
     def forward(
         self, delta: torch.Tensor, residual: torch.Tensor | None, plan: Any, rings: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,6 +188,7 @@ class Transformer(nn.Module):
         self.config = config
         # The functions and not the module they come from: a model can be copied and pickled.
         self.ops = SimpleNamespace(**{name: getattr(ops, name) for name in _OPS})
+        self.ops.decode_layers = getattr(ops, "decode_layers", None)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, self.ops) for _ in range(config.n_layers))
         self.norm = RMSNorm(config, self.ops)
@@ -266,13 +282,34 @@ class Transformer(nn.Module):
             plan = self._full(tokens, cu_seqlens, lengths)
         delta: torch.Tensor = self.tok_embeddings(tokens)
         residual: Any = None
-        for layer, rings in zip(self.layers, plan.layers(), strict=False):
-            delta, residual = layer(delta, residual, plan, rings)
+        step = self._decode_step(plan)
+        if step is not None:
+            delta, residual = step(delta)
+        else:
+            for layer, rings in zip(self.layers, plan.layers(), strict=False):
+                delta, residual = layer(delta, residual, plan, rings)
         if isinstance(plan, CachedPass):
             plan.cache.advance(plan)
         if last_only:
             delta, residual = plan.last_rows(delta), plan.last_rows(residual)
         return self.norm(delta, residual)[0]
+
+    def _decode_step(self, plan: Any) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
+        """All layers in one call, for the few tokens of a decode step on a CPU; None where they run one by one."""
+        few = isinstance(plan, CachedPass) and plan.write_first and plan.tokens <= DECODE_TOKENS
+        if not few or self.ops.decode_layers is None or self.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        weights: list[torch.Tensor] = []
+        biases: list[torch.Tensor] = []
+        layer: Any
+        for layer in self.layers:
+            plain = layer.plain_weights()
+            if plain is None or torch.is_grad_enabled():
+                return None
+            weights += plain
+            if self.config.attention_bias:
+                biases += [w.bias for w in (layer.attention.wq, layer.attention.wk, layer.attention.wv)]
+        return plan.step(self.ops.decode_layers, weights, biases, self.config.norm_eps)
 
     def _full(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, lengths: Sequence[int] | None) -> FullPass:
         if lengths is not None:

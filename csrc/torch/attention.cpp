@@ -2,11 +2,10 @@
 #include <algorithm>
 
 #include "torch/attention_run.h"
+#include "torch/ops.h"
 
 namespace mk {
 namespace {
-
-using Maybe = std::optional<Tensor>;
 
 Tensor lse_like(const Tensor& q) {
   const Dtype dtype = wide(dtype_of(q));
@@ -57,6 +56,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
   return {out, lse};
 }
 
+}  // namespace
+
 Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& lens_in,
                         int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t) {
   const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in), lens = unit_stride(lens_in);
@@ -84,7 +85,6 @@ Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_
   return out;
 }
 
-}  // namespace
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {

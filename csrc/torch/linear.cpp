@@ -1,9 +1,9 @@
 // mistral_kernels::linear on a CPU: few rows here, more by torch's matrix product.
-#include "torch/linear.h"
+#include "cpu/linear.h"
 
 #include <algorithm>
 
-#include "cpu/linear.h"
+#include "torch/ops.h"
 
 namespace mk {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 // Of the weight, what keeps a thread busy for some microseconds.
 constexpr int64_t grain_bytes = int64_t{1} << 16;
 
-Tensor by_torch(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor by_torch(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
@@ -22,7 +22,7 @@ bool readable(const Tensor& weight) { return weight.stride(1) == 1 || weight.siz
 
 }  // namespace
 
-Tensor linear(const Tensor& x_in, const Tensor& weight, std::optional<Tensor> bias) {
+Tensor linear(const Tensor& x_in, const Tensor& weight, Maybe bias) {
   STD_TORCH_CHECK(x_in.dim() >= 1 && weight.dim() == 2 && x_in.size(-1) == weight.size(1),
                   "x must be [..., K] for a weight [N, K]");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == weight.size(0)), "bias must be [", weight.size(0),

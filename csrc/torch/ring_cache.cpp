@@ -3,12 +3,11 @@
 #include <cstring>
 #include <vector>
 
+#include "torch/ops.h"
 #include "torch/rope.h"
 
 namespace mk {
 namespace {
-
-using Maybe = std::optional<Tensor>;
 
 // Where each token goes: the slot of its sequence, or -1 where it is idle, or older than the ring holds.
 struct Target {
@@ -116,6 +115,8 @@ void write_kv(const Tensor& k_in, const Tensor& v_in, const Tensor& k_cache, con
   values.finish();
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                          const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions_in,
                                          const Tensor& cos, const Tensor& sin, Maybe cu, bool adjacent) {
@@ -150,7 +151,6 @@ std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q_in, const Tensor& k_in,
   return {rotation.q_out, rotation.k_out};
 }
 
-}  // namespace
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {

@@ -1,7 +1,7 @@
 // mistral_kernels::rms_norm and add_rms_norm on a CPU.
 #include "cpu/rms_norm.h"
 
-#include "torch/binding.h"
+#include "torch/ops.h"
 
 namespace mk {
 namespace {
@@ -33,6 +33,8 @@ Outputs run(const Tensor& x, const Tensor* residual, const Tensor& weight, doubl
   return out;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, bool model) {
   const Outputs out = run(unit_stride(x), nullptr, unit_stride(weight), eps, model, nullptr);
   return {out.y, out.rstd};
@@ -48,7 +50,6 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_in, const Tensor
   return {out.y, total, out.rstd};
 }
 
-}  // namespace
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {

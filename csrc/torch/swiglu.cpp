@@ -1,7 +1,7 @@
 // mistral_kernels::swiglu and swiglu_packed on a CPU.
 #include "cpu/swiglu.h"
 
-#include "torch/binding.h"
+#include "torch/ops.h"
 
 namespace mk {
 namespace {
@@ -31,6 +31,8 @@ void run(Dtype dtype, const char* gate, const char* up, char* out, const Rows<2>
   });
 }
 
+}  // namespace
+
 Tensor swiglu(const Tensor& gate_in, const Tensor& up_in) {
   const Dtype dtype = dtype_of(gate_in);
   STD_TORCH_CHECK(dtype_of(up_in) == dtype && up_in.numel() == gate_in.numel() && up_in.dim() == gate_in.dim(),
@@ -43,6 +45,8 @@ Tensor swiglu(const Tensor& gate_in, const Tensor& up_in) {
   run(dtype, data(gate), data(up), mutable_data(out), rows, n);
   return out;
 }
+
+namespace {
 
 Tensor swiglu_packed(const Tensor& packed) {
   const Tensor both = unit_stride(packed);

@@ -4,6 +4,7 @@ from . import reference as reference
 from ._dispatch import backends
 from ._using import using
 from .attention import attention
+from .decode import decode_layers
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .patch import patch, register_attention, unpatch
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "attention_cached",
     "backends",
+    "decode_layers",
     "linear",
     "linear_cross_entropy",
     "patch",

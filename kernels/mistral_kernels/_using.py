@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from ._dispatch import check_impl
 from .attention import attention
+from .decode import decode_layers
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .ring_cache import attention_cached, rope_write_kv, write_kv
@@ -13,7 +14,7 @@ from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_table
 from .swiglu import swiglu, swiglu_packed
 
-LINEAR_IMPLS = (None, "reference", "cpu")
+WITHOUT_GPU = (None, "reference", "cpu")
 OPS = (
     *(add_rms_norm, attention, attention_cached, linear, linear_cross_entropy, rms_norm, rope, rope_write_kv),
     *(swiglu, swiglu_packed, write_kv),
@@ -23,7 +24,8 @@ OPS = (
 def using(impl: str | None = None) -> SimpleNamespace:
     """The package's ops, each bound to one implementation: `using(impl="triton").rms_norm(x, weight)`.
 
-    `linear` alone is not written in every implementation; where it is not, it is left to choose.
+    Not written in every implementation are `linear`, which is then left to choose, and `decode_layers`, which is then
+    None: its ops can be called one by one.
 
     Args:
         impl: None, "reference", "cpu" or "triton".
@@ -38,7 +40,9 @@ def using(impl: str | None = None) -> SimpleNamespace:
     check_impl(impl)
 
     def bind(op: Callable) -> Callable:
-        chosen = None if op is linear and impl not in LINEAR_IMPLS else impl
+        chosen = None if op is linear and impl not in WITHOUT_GPU else impl
         return functools.update_wrapper(functools.partial(op, impl=chosen), op)
 
-    return SimpleNamespace(rope_table=rope_table, impl=impl, **{op.__name__: bind(op) for op in OPS})
+    ops: dict[str, Callable | None] = {op.__name__: bind(op) for op in OPS}
+    ops["decode_layers"] = bind(decode_layers) if impl in WITHOUT_GPU else None
+    return SimpleNamespace(rope_table=rope_table, impl=impl, **ops)

@@ -6,6 +6,7 @@ _ops = using(impl="reference")
 add_rms_norm = _ops.add_rms_norm
 attention = _ops.attention
 attention_cached = _ops.attention_cached
+decode_layers = _ops.decode_layers
 linear = _ops.linear
 linear_cross_entropy = _ops.linear_cross_entropy
 rms_norm = _ops.rms_norm

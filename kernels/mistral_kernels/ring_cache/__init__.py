@@ -201,7 +201,7 @@ def _longest(q: torch.Tensor, cu: torch.Tensor | None) -> int:
     return int(cu.diff().max()) if cu.numel() > 1 else 0
 
 
-def _check_history(seq_lens: torch.Tensor, slots: int, window: int, chunk: int, with_new: bool) -> None:
+def check_history(seq_lens: torch.Tensor, slots: int, window: int, chunk: int, with_new: bool) -> None:
     """The ring still holds every key that the queries see. Reads seq_lens on a CPU only, and not while tracing."""
     needed = window - 1 if with_new else window + chunk - 1
     if window and slots >= needed:
@@ -275,6 +275,6 @@ def attention_cached(
                 raise ValueError(f"{name} is {_checks.shape(t)} {t.dtype}; it must be {list(expected)} {q.dtype}")
     _checks.no_gradient("attention_cached", q=q, k_new=k_new, v_new=v_new)
     longest = _longest(q, cu_seqlens) if max_seqlen is None else max_seqlen
-    _check_history(seq_lens, slots, width, longest, k_new is not None)
+    check_history(seq_lens, slots, width, longest, k_new is not None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return _attention_cached(impl, q, k_cache, v_cache, seq_lens, width, scale, k_new, v_new, cu_seqlens, longest)

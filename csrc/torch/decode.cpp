@@ -1,0 +1,95 @@
+// mistral_kernels::decode_layers on a CPU: the ops of all layers one after the other, without Python between them.
+#include <vector>
+
+#include "torch/ops.h"
+
+namespace mk {
+namespace {
+
+// In the order in which Python hands them over.
+enum Weight { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3, weights_of_layer };
+constexpr int biases_of_layer = 3;
+
+// The tokens of t [T, heads * dim] as [T, heads, dim], or back; t is contiguous.
+Tensor as_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  int64_t strides[3], stride = 1;
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; d--) {
+    strides[d] = stride;
+    stride *= sizes.begin()[d];
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), sizes.size(), sizes.begin(), strides, 0, &handle));
+  return Tensor(handle);
+}
+
+struct Pass {
+  const Tensor &positions, &cos, &sin, &seq_lens;
+  const Maybe& cu;
+  int64_t window;
+  double scale, eps;
+  bool adjacent;
+  int64_t max_q;
+};
+
+// Attention reads keys by the heads of the caches: they have to fit those of the weights.
+void check(const Tensor& x, const Tensor* w, const Tensor& k_cache, const Tensor& v_cache, const Pass& pass) {
+  STD_TORCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4 && k_cache.numel() == v_cache.numel() &&
+                      k_cache.size(1) == v_cache.size(1) && k_cache.size(2) == v_cache.size(2),
+                  "a layer's caches must be equal, [B, slots, Hkv, D]");
+  const int64_t dim = k_cache.size(3), keys = k_cache.size(2) * dim;
+  STD_TORCH_CHECK(dim > 0 && keys > 0 && w[wq].size(0) % keys == 0 && w[wk].size(0) == keys && w[wv].size(0) == keys,
+                  "wq, wk and wv must have rows for H, Hkv and Hkv heads of ", dim, ", with ", keys / dim, " for Hkv");
+  STD_TORCH_CHECK(dtype_of(k_cache) == dtype_of(x) && dtype_of(v_cache) == dtype_of(x),
+                  "the caches must have x's dtype");
+  STD_TORCH_CHECK(pass.seq_lens.numel() == k_cache.size(0), "seq_lens must be [", k_cache.size(0), "]");
+}
+
+Tensor attend(const Tensor& x, const Tensor* w, const Tensor* biases, const Tensor& k_cache, const Tensor& v_cache,
+              const Pass& pass) {
+  check(x, w, k_cache, v_cache, pass);
+  const int64_t tokens = x.size(0), dim = k_cache.size(3);
+  const auto project = [&](Weight which) {
+    const Tensor all = linear(x, w[which], biases ? Maybe(biases[which - wq]) : std::nullopt);
+    return as_shape(all, {tokens, all.size(1) / dim, dim});
+  };
+  const Tensor v = project(wv);
+  const auto [q, k] = rope_write_kv(project(wq), project(wk), v, k_cache, v_cache, pass.positions, pass.cos, pass.sin,
+                                    pass.cu, pass.adjacent);
+  const Tensor out = attention_cached(q, k_cache, v_cache, pass.seq_lens, pass.window, pass.scale, std::nullopt,
+                                      std::nullopt, pass.cu, pass.max_q);
+  return linear(as_shape(out, {tokens, w[wq].size(0)}), w[wo], std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> decode_layers(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                         std::vector<Tensor> k_caches, std::vector<Tensor> v_caches,
+                                         const Tensor& positions, const Tensor& cos, const Tensor& sin, Maybe cu,
+                                         const Tensor& seq_lens, int64_t window, double scale, double eps,
+                                         bool adjacent, int64_t max_q) {
+  const size_t layers = k_caches.size();
+  STD_TORCH_CHECK(layers && v_caches.size() == layers && weights.size() == layers * weights_of_layer &&
+                      (biases.empty() || biases.size() == layers * biases_of_layer),
+                  "each of ", layers, " layers needs two caches, ", int{weights_of_layer}, " weights, and ",
+                  biases_of_layer, " biases or none");
+  STD_TORCH_CHECK(x.dim() == 2, "x must be [T, N]");
+  const Pass pass{positions, cos, sin, seq_lens, cu, window, scale, eps, adjacent, max_q};
+  Tensor delta = x, residual = x, normed, unused;
+  for (size_t i = 0; i < layers; i++) {
+    const Tensor* w = weights.data() + i * weights_of_layer;
+    if (i)
+      std::tie(normed, residual, unused) = add_rms_norm(delta, residual, w[attention_norm], eps, true);
+    else
+      std::tie(normed, unused) = rms_norm(x, w[attention_norm], eps, true);
+    delta = attend(normed, w, biases.empty() ? nullptr : biases.data() + i * biases_of_layer, k_caches[i], v_caches[i],
+                   pass);
+    std::tie(normed, residual, unused) = add_rms_norm(delta, residual, w[ffn_norm], eps, true);
+    delta =
+        linear(swiglu(linear(normed, w[w1], std::nullopt), linear(normed, w[w3], std::nullopt)), w[w2], std::nullopt);
+  }
+  return {delta, residual};
+}
+
+}  // namespace
+}  // namespace mk
+
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { m.impl("decode_layers", TORCH_BOX(&mk::decode_layers)); }

@@ -1,0 +1,23 @@
+// The ops that others call on the torch side; each is as its schema in Python says.
+#pragma once
+#include <optional>
+#include <tuple>
+
+#include "torch/binding.h"
+
+namespace mk {
+
+using Maybe = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, bool model);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                double eps, bool model);
+Tensor linear(const Tensor& x, const Tensor& weight, Maybe bias);
+Tensor swiglu(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                         const Tensor& v_cache, const Tensor& positions, const Tensor& cos,
+                                         const Tensor& sin, Maybe cu, bool adjacent);
+Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t max_q);
+
+}  // namespace mk

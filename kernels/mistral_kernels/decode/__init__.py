@@ -1,0 +1,107 @@
+"""All layers of a decode step in one call: no Python between the kernels."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import _checks
+from .._dispatch import Op
+from ..attention import check_window
+from ..ring_cache import check_history
+from ..rope import POSITION_DTYPES, check_tables
+from ..rope.reference import check_positions
+from . import reference
+
+WEIGHTS = ("attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")
+
+_decode_layers = Op(
+    "decode_layers(Tensor x, Tensor[] weights, Tensor[] biases, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches,"
+    " Tensor positions, Tensor cos, Tensor sin, Tensor? cu, Tensor seq_lens, int window, float scale, float eps,"
+    " bool interleaved, SymInt max_q) -> (Tensor, Tensor)",
+    eager=reference.decode_layers,
+    fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
+
+
+def _check_layers(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+) -> None:
+    layers = len(k_caches)
+    if not layers or len(v_caches) != layers:
+        raise ValueError(f"there are {layers} k_caches and {len(v_caches)} v_caches; there must be one of each a layer")
+    if len(weights) != len(WEIGHTS) * layers:
+        raise ValueError(f"there are {len(weights)} weights for {layers} layers; each takes {', '.join(WEIGHTS)}")
+    if len(biases) not in (0, 3 * layers):
+        raise ValueError(f"there are {len(biases)} biases for {layers} layers; each takes 3, of wq, wk and wv, or none")
+    if x.dim() != 2:
+        raise ValueError(f"x is {_checks.shape(x)}; it must be [T, N]")
+    for name, t in (("weights[0]", weights[0]), ("k_caches[0]", k_caches[0]), ("v_caches[0]", v_caches[0])):
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name} is {t.dtype} but x is {x.dtype}; they must be equal")
+
+
+def decode_layers(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    seq_lens: torch.Tensor,
+    window: int | None = None,
+    eps: float = 1e-5,
+    biases: Sequence[torch.Tensor] = (),
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    interleaved: bool = False,
+    *,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What all layers of a Mistral-shaped decoder do to new tokens that are written to the ring cache first.
+
+    The same ops in the same order as one by one, `rms_norm` or `add_rms_norm`, `linear`, `rope_write_kv`,
+    `attention_cached`, `swiglu`, with the same results; on a CPU they follow each other in C++.
+
+    Args:
+        x: `[T, N]`, the tokens' embeddings, of the weights' dtype.
+        weights: of each layer attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2 and w3, the layers one after the other.
+        k_caches, v_caches: one `[B, slots, Hkv, D]` a layer; written in place.
+        positions, cos, sin, cu_seqlens, interleaved: as in `rope_write_kv`, for packed tokens `[T]`.
+        seq_lens: `[B]` int32, the tokens of each sequence with the new ones, as in `attention_cached`.
+        window, max_seqlen: as in `attention_cached`.
+        eps: of the norms.
+        biases: of each layer those of wq, wk and wv; empty where there are none.
+        impl: None for the fastest that can, or "reference", "cpu".
+
+    Returns:
+        `(delta, residual)`, each `[T, N]`, whose sum leaves the last layer.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, as in the ops.
+        RuntimeError: from the C++ op, a weight or a cache whose shape does not fit the others.
+        NotImplementedError: `impl` cannot run here, or a derivative is asked for.
+    """
+    _checks.floating(x=x, cos=cos, sin=sin)
+    _check_layers(x, weights, biases, k_caches, v_caches)
+    width, (batch, slots, _, dim) = check_window(window), k_caches[0].shape
+    _checks.integral(x.device, POSITION_DTYPES, positions=positions)
+    _checks.integral(x.device, (torch.int32,), seq_lens=seq_lens, cu_seqlens=cu_seqlens)
+    if positions.shape != x.shape[:1] or seq_lens.shape != (batch,) or (cu_seqlens is None and batch != x.shape[0]):
+        raise ValueError(
+            f"x is {_checks.shape(x)}, positions {_checks.shape(positions)}, seq_lens {_checks.shape(seq_lens)}; they"
+            f" must be [T, N], [T] and [{batch}], with T = {batch} without cu_seqlens"
+        )
+    _checks.no_gradient("decode_layers", x=x, weights=weights[1])
+    check_tables(cos, sin, dim)
+    check_positions(positions, cos.shape[0], idle=True)
+    longest = (1 if cu_seqlens is None else x.shape[0]) if max_seqlen is None else max_seqlen
+    check_history(seq_lens, slots, width, longest, False)
+    table = _checks.accumulate_dtype(x.dtype)
+    cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
+    tensors = (x, list(weights), list(biases), list(k_caches), list(v_caches), positions, cos, sin, cu_seqlens)
+    return _decode_layers(impl, *tensors, seq_lens, width, dim**-0.5, float(eps), interleaved, longest)
