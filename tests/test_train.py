@@ -1,4 +1,4 @@
-"""The training loop: it learns, it matches a plain loop, and a run that was cut off goes on bitwise as if it was not."""
+"""The training loop: it learns, it matches a plain loop, and a run that was cut off goes on bitwise the same."""
 
 import math
 import os
@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
     newest = checkpoints.newest(tmp_path / "out" / "checkpoints")
     data = next(newest.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    with pytest.raises(ValueError, match="damaged.*remove it"):
+    with pytest.raises(ValueError, match=r"damaged.*remove it"):
         runs.run(tmp_path, steps=2)
 
 

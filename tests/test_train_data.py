@@ -159,7 +159,7 @@ def flip(path):
 
 
 def test_a_vocabulary_that_does_not_match(tmp_path):
-    with pytest.raises(ValueError, match="token ids up to 60.*vocabulary is 50.*another tokenizer; set tokenizer"):
+    with pytest.raises(ValueError, match=r"token ids up to 60.*vocabulary is 50.*another tokenizer; set tokenizer"):
         Trainer(runs.settings(tmp_path, shape=runs.SHAPE | dict(vocab_size=50)), World("cpu"))
 
 

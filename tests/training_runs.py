@@ -56,7 +56,8 @@ def run(folder: Path, **changes) -> dict:
     try:
         return Trainer(made, world).run()
     finally:
-        world.stop()
+        if world.size == 1:
+            world.stop()
 
 
 def losses(out: Path) -> list[str]:
@@ -70,3 +71,4 @@ if __name__ == "__main__":  # a process of torchrun: several runs in one start
     torch.set_num_threads(1)
     for changes in json.loads(sys.argv[2]):
         run(Path(sys.argv[1]), **changes)
+    World("cpu").stop()

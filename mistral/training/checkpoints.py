@@ -120,8 +120,8 @@ def load(checkpoint: Path, module: nn.Module, optimizer: Any, world: World) -> N
             dcp.load(wanted, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:  # the second is a BaseException
         raise ValueError(
-            f"{checkpoint} does not fit this run, or is damaged: {_last_line(error)}; use the settings it was made with, or"
-            " remove it to go on from the one before"
+            f"{checkpoint} does not fit this run, or is damaged: {_last_line(error)}; use the settings it was made"
+            " with, or remove it to go on from the one before"
         ) from error
     set_state_dict(
         module,

@@ -49,7 +49,9 @@ class World:
             return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=30)
-        if self.size == 1:
+        if dist.is_initialized():
+            pass  # by the caller, or by an earlier run in this process: torchrun's store serves one group
+        elif self.size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
