@@ -21,7 +21,12 @@ from types import SimpleNamespace
 
 import torch
 
+from mistral_kernels._checks import accumulate_dtype
+
 from .config import ModelConfig
+
+# Positions are int32 on the device, and kernels add lengths of blocks to them.
+MAX_POSITIONS = 2**30
 
 
 class RingCache:
@@ -34,9 +39,13 @@ class RingCache:
         dtype, device: of the keys and values.
         chunk: chunks up to this length are written before they are attended to, in one pass; a ring then has
             `window + chunk − 1` slots. 1 serves plain decoding.
+        kv_dtype: None to keep keys and values in `dtype`, or torch.int8: codes with a float32 scale for each token and
+            head, half of bfloat16's memory and 4 bytes.
+        poison: for finding faults: a released row is filled with NaN, which would show in any sequence that read it.
 
     Attributes:
         k, v: one `[B, slots, Hkv, D]` tensor a layer.
+        k_scale, v_scale: one `[B, slots, Hkv]` float32 tensor a layer with int8, else empty.
         seq_lens: `[B]` int32, the tokens of each sequence so far; `held` holds the same on the host, so that
             nothing has to wait for the device.
     """
@@ -49,7 +58,11 @@ class RingCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         chunk: int = 1,
+        kv_dtype: torch.dtype | None = None,
+        poison: bool = False,
     ):
+        if kv_dtype not in (None, dtype, torch.int8):
+            raise ValueError(f"kv_dtype is {kv_dtype}; it must be None, {dtype} or torch.int8")
         for name, value in (("batch", batch), ("max_seq_len", max_seq_len), ("chunk", chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -59,15 +72,56 @@ class RingCache:
         self.slots = max_seq_len if self.window is None else self.window + chunk - 1
         self.batch, self.chunk = batch, chunk
         shape = (batch, self.slots, config.n_kv_heads, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        layers = range(config.n_layers)
+        self.k, self.v = ([torch.zeros(shape, dtype=kv_dtype or dtype, device=device) for _ in layers] for _ in "kv")
+        scaled = layers if kv_dtype == torch.int8 else ()
+        wide = accumulate_dtype(dtype)
+        self.k_scale, self.v_scale = ([torch.zeros(shape[:3], dtype=wide, device=device) for _ in scaled] for _ in "kv")
+        self.poison = poison
+        self._taken: list[bool] | None = None
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.held = [0] * batch
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values; constant."""
-        return sum(t.nbytes for t in (*self.k, *self.v))
+        """Bytes of all keys, values and scales; constant."""
+        return sum(t.nbytes for t in (*self.k, *self.v, *self.k_scale, *self.v_scale))
+
+    def acquire(self) -> int:
+        """An empty row for a new sequence. From the first call on, only acquired rows take tokens.
+
+        Raises:
+            RuntimeError: all rows are taken.
+        """
+        taken = [False] * self.batch if self._taken is None else self._taken
+        if all(taken):
+            raise RuntimeError(
+                f"all {self.batch} rows of the cache are taken; release one, or make the cache with a larger batch"
+            )
+        row = taken.index(False)
+        self._taken = taken
+        self.reset([row])
+        taken[row] = True
+        return row
+
+    def release(self, row: int) -> None:
+        """Gives a row back; its sequence is forgotten.
+
+        Raises:
+            ValueError: a row that was not acquired.
+        """
+        if self._taken is None or not 0 <= row < self.batch or not self._taken[row]:
+            raise ValueError(f"row {row} is not taken; rows come from acquire()")
+        self._taken[row] = False
+        self.reset([row])
+        if self.poison:
+            for t in (self.k_scale or self.k) + (self.v_scale or self.v):
+                t[row] = torch.nan
+
+    @property
+    def free(self) -> int:
+        """How many rows `acquire` has left to give."""
+        return self.batch if self._taken is None else self._taken.count(False)
 
     def begin(
         self, lengths: Sequence[int] | None, cos: torch.Tensor, sin: torch.Tensor, ops: SimpleNamespace
@@ -108,6 +162,10 @@ class RingCache:
                 " and not all 0"
             )
         for b, (held, new) in enumerate(zip(self.held, lengths, strict=True)):
+            if new and self._taken is not None and not self._taken[b]:
+                raise ValueError(f"row {b} gets {new} tokens but is not taken; rows come from acquire()")
+            if held + new > MAX_POSITIONS:
+                raise ValueError(f"sequence {b} would have {held + new} tokens; a cache counts to {MAX_POSITIONS}")
             if self.window is None and held + new > self.slots:
                 raise ValueError(
                     f"sequence {b} would have {held + new} tokens, but the cache was made for {self.slots} and has no"
@@ -159,12 +217,13 @@ class CachedPass:
     tokens: int
     after: tuple[torch.Tensor, list[int]]
 
-    def layers(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    def layers(self) -> Iterable[tuple[torch.Tensor, ...]]:
         """What each layer hands to `attend`: its rings. A compiled layer sees tensors and not its own number."""
-        return zip(self.cache.k, self.cache.v, strict=True)
+        scales = (self.cache.k_scale, self.cache.v_scale) if self.cache.k_scale else ()
+        return zip(self.cache.k, self.cache.v, *scales, strict=True)
 
     def attend(
-        self, rings: tuple[torch.Tensor, torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, rings: tuple[torch.Tensor, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """Rotates q and k, attends and writes k and v to the layer's rings, in the order that the chunk needs.
 
@@ -175,16 +234,20 @@ class CachedPass:
         Returns:
             `[T, H, D]`.
         """
-        ops, (k_cache, v_cache) = self.ops, rings
-        where = dict(cu_seqlens=self.cu_seqlens, max_seqlen=self.longest)
+        ops, (k_cache, v_cache, *scales) = self.ops, rings
+        codes = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+        where = dict(cu_seqlens=self.cu_seqlens, max_seqlen=self.longest, **codes)
         if self.write_first:
             # The slots that these tokens overwrite hold keys that have just left the window.
-            q, _ = ops.rope_write_kv(q, k, v, k_cache, v_cache, self.positions, self.cos, self.sin, self.cu_seqlens)
+            angles = (self.positions, self.cos, self.sin, self.cu_seqlens)
+            q, _ = ops.rope_write_kv(q, k, v, k_cache, v_cache, *angles, **codes)
             return ops.attention_cached(q, k_cache, v_cache, self.seq_lens, self.cache.window, **where)
         # Written first, a longer chunk would overwrite keys that its own first queries still see.
         q, k = ops.rope(q, k, self.cos, self.sin, self.positions)
-        out = ops.attention_cached(q, k_cache, v_cache, self.seq_lens, self.cache.window, k, v, **where)
-        ops.write_kv(k, v, k_cache, v_cache, self.positions, self.cu_seqlens)
+        # As codes, they are seen as later queries will see them: chunks of any length give the same.
+        seen = [dequantise(*quantise(t), t.dtype) for t in (k, v)] if scales else (k, v)
+        out = ops.attention_cached(q, k_cache, v_cache, self.seq_lens, self.cache.window, *seen, **where)
+        ops.write_kv(k, v, k_cache, v_cache, self.positions, self.cu_seqlens, **codes)
         return out
 
     def step(

@@ -133,6 +133,7 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     logprobs: bool = False,
     progress: bool = False,
+    kv_dtype: torch.dtype | None = None,
 ) -> Generated:
     """Continues a batch of prompts of any lengths.
 
@@ -150,6 +151,7 @@ def generate(
         on_token: called with (sequence, token) as soon as each is known.
         logprobs: also return the log-probability of each new token.
         progress: show a bar on stderr, on a terminal, while a prompt of more than one chunk is read.
+        kv_dtype: torch.int8 keeps keys and values as codes, in half the memory; None in the model's dtype.
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a setting outside its range, or more positions
@@ -159,7 +161,7 @@ def generate(
     needed = _check(model, prompts, max_tokens, chunk_size)
     model.reserve_positions(needed)
     batch = _Batch(len(prompts), Sampler(len(prompts), temperature, top_p, seed), max_tokens, stop_ids, on_token)
-    cache = model.cache(len(prompts), needed)
+    cache = model.cache(len(prompts), needed, kv_dtype=kv_dtype)
     started = time.perf_counter()
     _prefill(model, cache, prompts, batch, chunk_size, logprobs, progress)
     prefilled = time.perf_counter()
@@ -273,6 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--kv", choices=("model", "int8"), default="model", help="dtype of the cache (default: model's)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--chunk-size", type=int, default=None, metavar="N", help=f"of the prefill (default {CHUNK})")
     return parser
@@ -319,6 +324,7 @@ def _run(args: argparse.Namespace) -> Generated:
         seed=args.seed,
         stop_ids=tokenizer.stop_ids,
         chunk_size=args.chunk_size,
+        kv_dtype=torch.int8 if args.kv == "int8" else None,
         on_token=show,
         progress=True,
     )

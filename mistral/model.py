@@ -222,9 +222,16 @@ class Transformer(nn.Module):
         """Makes the rope tables again, on the weights' device: float64 where weights of float64 were assigned."""
         self.rope.rebuild(self.rope.cos.shape[0], self.device, dtype)
 
-    def cache(self, batch: int, max_seq_len: int, chunk: int = 1) -> RingCache:
-        """An empty cache for this model."""
-        return RingCache(self.config, batch, max_seq_len, self.dtype, self.device, chunk)
+    def cache(
+        self,
+        batch: int,
+        max_seq_len: int,
+        chunk: int = 1,
+        kv_dtype: torch.dtype | None = None,
+        poison: bool = False,
+    ) -> RingCache:
+        """An empty cache for this model; arguments as `RingCache` takes them."""
+        return RingCache(self.config, batch, max_seq_len, self.dtype, self.device, chunk, kv_dtype, poison)
 
     def forward(
         self,
@@ -297,6 +304,7 @@ class Transformer(nn.Module):
     def _decode_step(self, plan: Any) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
         """All layers in one call, for the few tokens of a decode step on a CPU; None where they run one by one."""
         few = isinstance(plan, CachedPass) and plan.write_first and plan.tokens <= DECODE_TOKENS
+        few = few and not plan.cache.k_scale
         if not few or self.ops.decode_layers is None or self.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         weights: list[torch.Tensor] = []

@@ -41,7 +41,7 @@ def _cached(dim, queries=1, chunk=False, packed=False, dtype=BF16, batch=1, fami
         cut = cached.plan(config, batch, 8, 4, dim, queries, 4096, 4096)
         cu = meta(batch + 1, dtype=torch.int32) if packed else None
         k, v = (new, new) if chunk else (None, None)
-        return cached.attention_cached(q, cache, cache, lens, 4096, dim**-0.5, k, v, cu, queries, cut)
+        return cached.attention_cached(q, cache, cache, lens, 4096, dim**-0.5, k, v, cu, queries, False, cut)
 
     return launch
 

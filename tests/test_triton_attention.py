@@ -297,7 +297,7 @@ def test_splits(splits, queries, chunk, window):
     q, k, v, *new = ring_of(4, slots, 3, 1, queries=queries)
     lengths = [0, 5, 64, 200] if window else [0, 5, 17, 64]
     lens = torch.tensor([max(n, 0 if chunk else queries) for n in lengths], dtype=torch.int32, device=DEVICE)
-    args = (lens, window, 0.3, *(new if chunk else (None, None)), None, queries)
+    args = (lens, window, 0.3, *(new if chunk else (None, None)), None, queries, False)
     out = cached.attention_cached(q, k, v, *args, cut(q, k, splits, queries=queries))
     expected = mistral_kernels.reference.attention_cached(q, k, v, lens, window or None, *args[3:5], scale=0.3)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
@@ -307,7 +307,7 @@ def test_an_idle_sequence_gives_zeros():
     q, k, v, *_ = ring_of()
     lens = torch.tensor([0, 9], dtype=torch.int32, device=DEVICE)
     for splits in (1, 4):
-        out = cached.attention_cached(q, k, v, lens, 0, 1.0, None, None, None, 1, cut(q, k, splits))
+        out = cached.attention_cached(q, k, v, lens, 0, 1.0, None, None, None, 1, False, cut(q, k, splits))
         assert not out[0].any() and out[1].any()
 
 
@@ -316,7 +316,7 @@ def test_slots_outside_the_window_are_not_read(splits):
     """After 100 tokens in 64 slots, position p lies in slot p % 64; the query at 99 sees 90..99: slots 26..35."""
     q, k, v, *_ = ring_of(1, 64)
     lens = torch.tensor([100], dtype=torch.int32, device=DEVICE)
-    args = (lens, 10, 1.0, None, None, None, 1, cut(q, k, splits))
+    args = (lens, 10, 1.0, None, None, None, 1, False, cut(q, k, splits))
     clean = cached.attention_cached(q, k, v, *args)
     for t in (k, v):
         t[:, :26], t[:, 36:] = float("nan"), float("nan")
@@ -374,7 +374,7 @@ def test_same_bits_again():
     assert all(torch.equal(a, b) for a, b in zip(runs(q, k, v, 20), runs(q, k, v, 20), strict=True))
     q, k, v, *new = ring_of(queries=5)
     lens = torch.tensor([7, 90], dtype=torch.int32, device=DEVICE)
-    args = (q, k, v, lens, 20, 1.0, *new, None, 5, cut(q, k, 3, queries=5))
+    args = (q, k, v, lens, 20, 1.0, *new, None, 5, False, cut(q, k, 3, queries=5))
     assert torch.equal(cached.attention_cached(*args), cached.attention_cached(*args))
 
 
@@ -388,7 +388,7 @@ def test_opcheck():
     q, k, v, *new = ring_of(queries=3)
     lens = torch.tensor([7, 90], dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.mistral_kernels.attention_cached_triton.default, (q, k, v, lens, 20, 1.0, *new, None, 3)
+        torch.ops.mistral_kernels.attention_cached_triton.default, (q, k, v, lens, 20, 1.0, *new, None, 3, False)
     )
 
 

@@ -58,8 +58,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
 
 }  // namespace
 
+// Results never depend on the rest of the batch, whether that is asked for or not.
 Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& lens_in,
-                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t) {
+                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t, bool) {
   const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in), lens = unit_stride(lens_in);
   const Tensor chunk_k = k_new ? unit_stride(*k_new) : q, chunk_v = v_new ? unit_stride(*v_new) : q;
   Tensor out = empty(q.sizes(), dtype_of(q));

@@ -86,7 +86,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
 }
 
 Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& lens_in,
-                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t max_q) {
+                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t max_q,
+                        bool batch_invariant) {
+  STD_TORCH_CHECK(!batch_invariant, "the CUDA C++ kernel splits the keys by the whole batch");
   const Device device(q_in);
   const Tensor q = aligned(q_in), k = aligned(k_in), v = aligned(v_in), lens = torch::stable::contiguous(lens_in);
   const Tensor chunk_k = k_new ? aligned(*k_new) : q, chunk_v = v_new ? aligned(*v_new) : q;

@@ -57,7 +57,7 @@ Tensor attend(const Tensor& x, const Tensor* w, const Tensor* biases, const Tens
   const auto [q, k] = rope_write_kv(project(wq), project(wk), v, k_cache, v_cache, pass.positions, pass.cos, pass.sin,
                                     pass.cu, pass.adjacent);
   const Tensor out = attention_cached(q, k_cache, v_cache, pass.seq_lens, pass.window, pass.scale, std::nullopt,
-                                      std::nullopt, pass.cu, pass.max_q);
+                                      std::nullopt, pass.cu, pass.max_q, true);
   return linear(as_shape(out, {tokens, w[wq].size(0)}), w[wo], std::nullopt);
 }
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import mistral_kernels
+from mistral_kernels.ring_cache.int8 import quantise
 
 from ._isa import isa as isa
 from ._isa import isa_tiers as isa_tiers
@@ -155,7 +156,7 @@ class Case:
     gradients: bool = True
 
     def arguments(self, dtype: torch.dtype, device: str = "cpu", kind: str = "gaussian") -> dict[str, Any]:
-        """The arguments in `dtype` (rope tables in float32 unless it is float64), on `device`."""
+        """The arguments in `dtype` (rope tables and scales in float32 unless it is float64), on `device`."""
         return {name: _convert(name, value, dtype, device) for name, value in self.make(kind).items()}
 
 
@@ -164,7 +165,7 @@ def _convert(name: str, value: Any, dtype: torch.dtype, device: str) -> Any:
         return value
     if not value.is_floating_point():
         return value.to(device)
-    if name in ("cos", "sin") and dtype != torch.float64:
+    if name in ("cos", "sin", "k_scale", "v_scale") and dtype != torch.float64:
         dtype = torch.float32
     return value.to(device=device, dtype=dtype)
 
@@ -382,17 +383,23 @@ def cached_case(
     dim: int,
     window: int | None = None,
     chunk: bool = True,
+    codes: bool = False,
 ) -> Case:
-    """chunk: attend over [ring | chunk]; else over the ring alone, which already holds the queries' own tokens."""
+    """chunk: attend over [ring | chunk]; else over the ring alone, which already holds the queries' own tokens. codes:
+    the rings are int8."""
 
     def make(kind: str) -> dict[str, Any]:
         ring = _ring(lengths, before, slots, heads, kv_heads, dim, kind)
         made = {n: ring[n] for n in ("q", "k_cache", "v_cache", "cu_seqlens")} | dict(window=window)
         made["seq_lens"] = torch.tensor(before, dtype=torch.int32)
+        if codes:
+            for name, scale in (("k_cache", "k_scale"), ("v_cache", "v_scale")):
+                made[name], scales = quantise(made[name])
+                made[scale] = scales.float().double()
         made["max_seqlen"] = max(lengths)  # on a GPU nobody looks it up, and the bound taken instead needs more slots
         return made | (dict(k_new=ring["k"], v_new=ring["v"]) if chunk else {})
 
-    where = "ring+chunk" if chunk else "ring"
+    where = ("int8 " if codes else "") + ("ring+chunk" if chunk else "ring")
     return Case(
         "attention_cached", f"{where} {lengths} after {before} slots {slots} {heads}/{kv_heads} D{dim} W{window}", make
     )
@@ -442,3 +449,5 @@ def cases() -> Iterator[Case]:
     for window in (3, 16):
         yield cached_case([16, 5, 1, 0, 33], [0, 3, 77, 4, 16], 16, 6, 2, 64, window=window)
     yield cached_case([17, 1], [0, 100], 128, 9, 3, 128)
+    yield cached_case([1, 1, 1], [1, 64, 999], 64, 6, 2, 96, window=64, chunk=False, codes=True)
+    yield cached_case([16, 5, 1, 0, 33], [0, 3, 77, 4, 16], 16, 6, 2, 64, window=16, codes=True)

@@ -21,7 +21,7 @@ from .._dispatch import Op
 from ..attention import MAX_TRITON_HEAD_DIM, check_cu_seqlens, check_heads, check_window, cuda_supports
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
-from . import reference
+from . import int8, reference
 
 
 def _triton_supports(q, *_):
@@ -32,6 +32,12 @@ def _triton_supports(q, *_):
 
 def _cuda_writes(k, *_):
     return f"the head dimension is {k.shape[-1]}, which is odd" if k.shape[-1] % 2 else None
+
+
+def _cuda_attends(*args):
+    if args[-1]:
+        return "it splits the keys by the whole batch, and batch_invariant is set"
+    return cuda_supports(*args)
 
 
 _write_kv = Op(
@@ -52,17 +58,20 @@ _rope_write_kv = Op(
 )
 _attention_cached = Op(
     "attention_cached(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, int window, float scale,"
-    " Tensor? k_new, Tensor? v_new, Tensor? cu, SymInt max_q) -> Tensor",
+    " Tensor? k_new, Tensor? v_new, Tensor? cu, SymInt max_q, bool batch_invariant) -> Tensor",
     eager=reference.attention_cached,
     fake=lambda q, *_: q.new_empty(q.shape),
     triton="ring_cache.triton_attention:attention_cached",
     triton_supports=_triton_supports,
     cuda=True,
-    cuda_supports=cuda_supports,
+    cuda_supports=_cuda_attends,
 )
 
 
-def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, name: str) -> None:
+_write_kv_int8, _rope_write_kv_int8, _attention_cached_int8 = int8.make_ops(_triton_supports)
+
+
+def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, name: str, codes: bool) -> None:
     """The caches are `[B, slots, Hkv, D]`, of one shape, for tokens of the dtype and the head dimension of `k`."""
     if k_cache.dim() != 4 or v_cache.shape != k_cache.shape or k_cache.shape[1] < 1:
         raise ValueError(
@@ -71,8 +80,10 @@ def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor,
         )
     if k_cache.shape[-1] != k.shape[-1]:
         raise ValueError(f"k_cache has head dimension {k_cache.shape[-1]} and {name} {k.shape[-1]}; must be equal")
-    if k_cache.dtype != k.dtype or v_cache.dtype != k.dtype:
-        raise TypeError(f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}, but {name} is {k.dtype}")
+    needed = torch.int8 if codes else k.dtype
+    if k_cache.dtype != needed or v_cache.dtype != needed:
+        why = "k_scale and v_scale are given" if codes else f"{name} is {k.dtype}"
+        raise TypeError(f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; they must be {needed}, since {why}")
 
 
 def _check_tokens(t: torch.Tensor, name: str, batch: int, cu: torch.Tensor | None) -> None:
@@ -101,10 +112,14 @@ def _check_write(
     v_cache: torch.Tensor,
     positions: torch.Tensor,
     cu: torch.Tensor | None,
-) -> None:
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> bool:
+    """Whether codes are written."""
     _checks.same_shape(k=k, v=v)
     _check_tokens(k, "k", k_cache.shape[0], cu)
-    _check_caches(k_cache, v_cache, k, "k")
+    codes = int8.check_scales(k_scale, v_scale, k_cache, k.dtype)
+    _check_caches(k_cache, v_cache, k, "k", codes)
     if k_cache.shape[2] != k.shape[-2]:
         raise ValueError(f"k has {k.shape[-2]} heads and k_cache {k_cache.shape[2]}; they must be equal")
     if v.dtype != k.dtype:
@@ -112,6 +127,16 @@ def _check_write(
     _checks.integral(k.device, POSITION_DTYPES, positions=positions)
     if positions.shape != k.shape[:-2]:
         raise ValueError(f"positions is {_checks.shape(positions)}; with k {_checks.shape(k)} it must hold one a token")
+    return codes
+
+
+def _check_float_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    caches = {n: t for n, t in (("k_cache", k_cache), ("v_cache", v_cache)) if getattr(t, "dtype", None) != torch.int8}
+    _checks.floating(**tensors, **caches)
+    device = next(t.device for t in tensors.values() if t is not None)
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device} but the tokens are on {device}; they must be on one device")
 
 
 def write_kv(
@@ -122,6 +147,8 @@ def write_kv(
     positions: torch.Tensor,
     cu_seqlens: torch.Tensor | None = None,
     *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> None:
     """Writes keys, already rotated, and values to their slots: what follows attention over [ring | chunk].
@@ -132,6 +159,9 @@ def write_kv(
         positions: int32 or int64, one a token, `[B, S]` or `[T]`: consecutive within a sequence. Negative ones
             mark idle tokens, which are not written; within a sequence they come last.
         cu_seqlens: `[B + 1]` int32, where each packed sequence starts.
+        k_scale, v_scale: `[B, slots, Hkv]` float32 (float64 with float64 tokens) beside int8 caches; written in place.
+            Each head of a token is quantised by itself: `scale = max|x| / 127`, `code = round(x / scale)`, halves to
+            even.
         impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
     Of a chunk longer than the ring only the last `slots` tokens of each sequence are written.
@@ -140,10 +170,13 @@ def write_kv(
         TypeError, ValueError: a tensor that does not fit.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    _checks.floating(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    _check_write(k, v, k_cache, v_cache, positions, cu_seqlens)
+    _check_float_caches(k_cache, v_cache, k=k, v=v)
+    codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
     _checks.no_gradient("write_kv", k=k, v=v)
-    _write_kv(impl, k, v, k_cache, v_cache, positions, cu_seqlens)
+    if codes:
+        _write_kv_int8(impl, k, v, k_cache, v_cache, k_scale, v_scale, positions, cu_seqlens)
+    else:
+        _write_kv(impl, k, v, k_cache, v_cache, positions, cu_seqlens)
 
 
 def rope_write_kv(
@@ -158,13 +191,15 @@ def rope_write_kv(
     cu_seqlens: torch.Tensor | None = None,
     interleaved: bool = False,
     *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rope` of q and k and `write_kv` of the rotated k and of v, in one pass.
 
     Args:
         q: `[B, S, H, D]` or `[T, H, D]`.
-        k, v, k_cache, v_cache, positions, cu_seqlens: as in `write_kv`. Idle tokens give zeros.
+        k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale: as in `write_kv`. Idle tokens give zeros.
         cos, sin, interleaved: as in `rope`, tables `[P, D/2]`.
         impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
@@ -176,8 +211,8 @@ def rope_write_kv(
             such a token's q and k become NaN, and NaN is written.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    _checks.floating(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin)
-    _check_write(k, v, k_cache, v_cache, positions, cu_seqlens)
+    _check_float_caches(k_cache, v_cache, q=q, k=k, v=v, cos=cos, sin=sin)
+    codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q is {_checks.shape(q)} but k is {_checks.shape(k)}; only the heads may differ")
     if q.dtype != k.dtype:
@@ -187,7 +222,10 @@ def rope_write_kv(
     check_positions(positions, cos.shape[0], idle=True)
     table = _checks.accumulate_dtype(q.dtype)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
-    return _rope_write_kv(impl, q, k, v, k_cache, v_cache, positions, cos, sin, cu_seqlens, interleaved)
+    rest = (positions, cos, sin, cu_seqlens, interleaved)
+    if codes:
+        return _rope_write_kv_int8(impl, q, k, v, k_cache, v_cache, k_scale, v_scale, *rest)
+    return _rope_write_kv(impl, q, k, v, k_cache, v_cache, *rest)
 
 
 def _longest(q: torch.Tensor, cu: torch.Tensor | None) -> int:
@@ -229,6 +267,9 @@ def attention_cached(
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
     *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Attention of new queries over the ring, or over [ring | chunk]; the ring is read in place, in slot order.
@@ -247,6 +288,11 @@ def attention_cached(
         scale: of the scores; None for `D ** -0.5`.
         cu_seqlens: `[B + 1]` int32, where each packed sequence's queries start.
         max_seqlen: the longest of them, if known: spares GPU kernels empty blocks.
+        k_scale, v_scale: `[B, slots, Hkv]`, the scales of int8 caches, as `write_kv` writes them; k_new and v_new are
+            not quantised.
+        batch_invariant: a sequence's output is bitwise the same in whatever batch it stands: the keys are split by the
+            ring and the window alone. On a GPU that costs speed where the batch is large or the chunks are long; the
+            C++ kernels are so anyway.
         impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
 
     Returns:
@@ -257,11 +303,12 @@ def attention_cached(
             the sequence: looked up on a CPU only, since on a GPU that would wait for the device).
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    _checks.floating(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new)
+    _check_float_caches(k_cache, v_cache, q=q, k_new=k_new, v_new=v_new)
     width = check_window(window)
     batch, slots = k_cache.shape[0], k_cache.shape[1]
     _check_tokens(q, "q", batch, cu_seqlens)
-    _check_caches(k_cache, v_cache, q, "q")
+    codes = int8.check_scales(k_scale, v_scale, k_cache, q.dtype)
+    _check_caches(k_cache, v_cache, q, "q", codes)
     check_heads(q, k_cache, v_cache, "k_cache", "v_cache")
     _checks.integral(q.device, (torch.int32,), seq_lens=seq_lens)
     if seq_lens.shape != (batch,):
@@ -277,4 +324,7 @@ def attention_cached(
     longest = _longest(q, cu_seqlens) if max_seqlen is None else max_seqlen
     check_history(seq_lens, slots, width, longest, k_new is not None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _attention_cached(impl, q, k_cache, v_cache, seq_lens, width, scale, k_new, v_new, cu_seqlens, longest)
+    rest = (seq_lens, width, scale, k_new, v_new, cu_seqlens, longest, batch_invariant)
+    if codes:
+        return _attention_cached_int8(impl, q, k_cache, v_cache, k_scale, v_scale, *rest)
+    return _attention_cached(impl, q, k_cache, v_cache, *rest)

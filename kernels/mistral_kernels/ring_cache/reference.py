@@ -65,6 +65,7 @@ def attention_cached(
     v_new: torch.Tensor | None,
     cu: torch.Tensor | None,
     max_q: int,
+    batch_invariant: bool = True,
 ) -> torch.Tensor:
     batch, slots = k_cache.shape[:2]
     flat = q.reshape(-1, *q.shape[-2:])

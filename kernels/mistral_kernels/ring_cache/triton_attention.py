@@ -6,6 +6,7 @@ round at most once, and slots outside the window are never read.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -29,17 +30,31 @@ from ..attention.triton_blocks import (
 
 @triton.jit
 def _block(
-    acc, m, den, q, K, V, keys, row, slots, hi, positions, scale2, s_kn, s_vn, W,
+    acc, m, den, q, K, V, Ks, Vs, keys, row, slots, hi, positions, scale2, s_kn, s_vn, s_sn, W,
     D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, by position and row; a ring goes on in row 0 after its last slot."""
+    """One block of keys, by position and row; a ring goes on in row 0 after its last slot.
+
+    Where Ks and Vs are given K and V hold codes: int8 is exact in every float dtype, so the products are of codes, and
+    the scales go onto the scores and the probabilities; in float32 that would round once more."""
     columns = tl.arange(0, DP)
     if RING:
         row = tl.where(row >= slots, row - slots, row)
     row = tl.cast(row, tl.int64)
     k = load_rows(K + (row * s_kn)[:, None] + columns[None, :], keys < hi, columns, D, DP, not MASKED)
     v = load_rows(V + (row * s_vn)[:, None] + columns[None, :], keys < hi, columns, D, DP, not MASKED)
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    if Ks is not None:
+        k_scale = tl.load(Ks + row * s_sn, mask=keys < hi, other=0.0)
+        v_scale = tl.load(Vs + row * s_sn, mask=keys < hi, other=0.0)
+        k = k.to(q.dtype)
+        v = v.to(q.dtype)
+        if EXACT:
+            k *= k_scale[:, None]
+            v *= v_scale[:, None]
     scores = product(q, k)
+    if Ks is not None and not EXACT:
+        scores *= k_scale[None, :]
     if MASKED:
         distance = positions[:, None] - keys[None, :]
         seen = (distance >= 0) & (keys < hi)[None, :]
@@ -47,12 +62,14 @@ def _block(
             seen = seen & (distance < W)
         scores = tl.where(seen, scores, float("-inf"))
     p, decay, m, den = softmax_step(scores, tl.max(scores, 1), m, den, scale2, MASKED)
+    if Ks is not None and not EXACT:
+        p *= v_scale[None, :]
     return accumulate(acc, p, v, decay), m, den
 
 
 @triton.jit
 def _segment(
-    acc, m, den, q, K, V, lo, hi, row0, slots, earliest, latest, positions, scale2, s_kn, s_vn, W,
+    acc, m, den, q, K, V, Ks, Vs, lo, hi, row0, slots, earliest, latest, positions, scale2, s_kn, s_vn, s_sn, W,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, RING: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -71,26 +88,26 @@ def _segment(
     cells = tl.arange(0, BN)
     for start in tl.range(lo, full_lo, BN, num_stages=STAGES):
         acc, m, den = _block(
-            acc, m, den, q, K, V, start + cells, row0 + (start - lo) + cells, slots, hi, positions, scale2, s_kn, s_vn,
-            W, D, DP, True, WINDOW, RING,
+            acc, m, den, q, K, V, Ks, Vs, start + cells, row0 + (start - lo) + cells, slots, hi, positions, scale2,
+            s_kn, s_vn, s_sn, W, D, DP, True, WINDOW, RING,
         )  # fmt: skip
     if FULL:
         for start in tl.range(full_lo, full_hi, BN, num_stages=STAGES):
             acc, m, den = _block(
-                acc, m, den, q, K, V, start + cells, row0 + (start - lo) + cells, slots, hi, positions, scale2, s_kn,
-                s_vn, W, D, DP, False, WINDOW, RING,
+                acc, m, den, q, K, V, Ks, Vs, start + cells, row0 + (start - lo) + cells, slots, hi, positions, scale2,
+                s_kn, s_vn, s_sn, W, D, DP, False, WINDOW, RING,
             )  # fmt: skip
         for start in tl.range(full_hi, hi, BN, num_stages=STAGES):
             acc, m, den = _block(
-                acc, m, den, q, K, V, start + cells, row0 + (start - lo) + cells, slots, hi, positions, scale2, s_kn,
-                s_vn, W, D, DP, True, WINDOW, RING,
+                acc, m, den, q, K, V, Ks, Vs, start + cells, row0 + (start - lo) + cells, slots, hi, positions, scale2,
+                s_kn, s_vn, s_sn, W, D, DP, True, WINDOW, RING,
             )  # fmt: skip
     return acc, m, den
 
 
 @triton.jit(do_not_specialize=["S", "W", "T", "tiles", "splits", "span"])
 def attention_ring(
-    Q, Kc, Vc, Kn, Vn, Lens, Cu, Out, PartO, PartM, PartL, scale,
+    Q, Kc, Vc, Kn, Vn, Ks, Vs, Lens, Cu, Out, PartO, PartM, PartL, scale,
     s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_xb, s_xn, s_xh, s_yb, s_yn, s_yh,
     slots, H, G, S, W, T, tiles, splits, span,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
@@ -140,8 +157,13 @@ def attention_ring(
     hi = tl.minimum(tl.minimum(lo + span, n), latest + 1)
     Kc += b * s_kb + kv_head * s_kh
     Vc += b * s_vb + kv_head * s_vh
+    if Ks is not None:
+        scales = b * slots * (H // G) + kv_head
+        Ks += scales
+        Vs += scales
     acc, m, den = _segment(
-        acc, m, den, q, Kc, Vc, lo, hi, lo % slots, slots, earliest, latest, positions, scale2, s_kn, s_vn, W,
+        acc, m, den, q, Kc, Vc, Ks, Vs, lo, hi, lo % slots, slots, earliest, latest, positions, scale2, s_kn, s_vn,
+        H // G, W,
         D, DP, BN, STAGES, WINDOW, True, not SPLIT,
     )  # fmt: skip
     if CHUNK:
@@ -158,7 +180,8 @@ def attention_ring(
         Kn += kv_head * s_xh
         Vn += kv_head * s_yh
         acc, m, den = _segment(
-            acc, m, den, q, Kn, Vn, lo, hi, lo - n, 0, earliest, latest, positions, scale2, s_xn, s_yn, W,
+            acc, m, den, q, Kn, Vn, None, None, lo, hi, lo - n, 0, earliest, latest, positions, scale2, s_xn, s_yn, 0,
+            W,
             D, DP, BN, STAGES, WINDOW, False, not SPLIT,
         )  # fmt: skip
 
@@ -243,6 +266,29 @@ def plan(
     return Plan(config, tiles, triton.cdiv(visible, span), span)
 
 
+# Keys of one split where the batch must not matter: 4096 keys of 8 heads are 128 programs, near one wave of an H100.
+INVARIANT_SPAN = 256
+
+
+def invariant_plan(config: Config, queries: int, group: int, slots: int, window: int) -> Plan:
+    """Splits by the ring and the window only. The tile's rows, which decide where a windowed split starts, must not
+    come from the longest chunk of the batch either: the config is that of a single query."""
+    visible = min(slots, window + config.rows - 1) if window else slots
+    span = max(INVARIANT_SPAN, triton.next_power_of_2(triton.cdiv(visible, MAX_SPLITS)))
+    return Plan(config, triton.cdiv(queries * group, config.rows), triton.cdiv(visible, span), span)
+
+
+def _cut(q: torch.Tensor, k_cache: torch.Tensor, window: int, max_q: int, batch_invariant: bool, itemsize: int) -> Plan:
+    heads, dim = q.shape[-2:]
+    batch, slots, kv_heads = k_cache.shape[:3]
+    group = heads // kv_heads
+    if batch_invariant:
+        config = production_config(family(q.device), dim, itemsize, group)
+        return invariant_plan(config, max_q, group, slots, window)
+    config = production_config(family(q.device), dim, itemsize, max_q * group)
+    return plan(config, batch, kv_heads, group, dim, max_q, slots, window)
+
+
 def attention_cached(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -254,17 +300,18 @@ def attention_cached(
     v_new: torch.Tensor | None,
     cu: torch.Tensor | None,
     max_q: int,
+    batch_invariant: bool = False,
     cut: Plan | None = None,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel() == 0:
         return out
     heads, dim = q.shape[-2:]
     batch, slots, kv_heads = k_cache.shape[:3]
-    rows, group = q.numel() // dim, heads // kv_heads
+    rows = q.numel() // dim
     if cut is None:
-        config = production_config(family(q.device), dim, q.element_size(), max_q * group)
-        cut = plan(config, batch, kv_heads, group, dim, max_q, slots, window)
+        cut = _cut(q, k_cache, window, max_q, batch_invariant, q.element_size())
     q, scale = positive_scale(readable(q), scale)
     new = (k_new, v_new) if k_new is not None and v_new is not None else ()
     tensors = [readable(t) for t in (q, k_cache, v_cache, *new)]
@@ -274,8 +321,9 @@ def attention_cached(
         parts = [torch.empty(s, dtype=torch.float32, device=q.device) for s in (size, size[:2], size[:2])]
     launch(
         attention_ring, cut.splits * cut.tiles * batch * kv_heads, cut.config,
-        *tensors, *(() if new else (None, None)), seq_lens, cu, out, *parts, scale, *_strides(tensors, cu is not None),
-        slots, heads, group, max_q, window, rows // heads, cut.tiles, cut.splits, cut.span,
+        *tensors, *(() if new else (None, None)), *scales, seq_lens, cu, out, *parts, scale,
+        *_strides(tensors, cu is not None),
+        slots, heads, heads // kv_heads, max_q, window, rows // heads, cut.tiles, cut.splits, cut.span,
         D=dim, DP=padded(dim), BM=cut.config.rows, BN=cut.config.keys, STAGES=cut.config.stages,
         CHUNK=bool(new), WINDOW=window > 0, PACKED=cu is not None, SPLIT=cut.splits > 1,
     )  # fmt: skip
@@ -285,6 +333,17 @@ def attention_cached(
             D=dim, DP=padded(dim), SPLITS=max(2, triton.next_power_of_2(cut.splits)), BS=COMBINE.rows,
         )  # fmt: skip
     return out
+
+
+def attention_cached_int8(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    *rest: Any,
+) -> torch.Tensor:
+    return attention_cached(q, k_cache, v_cache, *rest, scales=(k_scale.contiguous(), v_scale.contiguous()))
 
 
 COMBINE = Config(rows=16, keys=0, warps=4, stages=1)

@@ -1,7 +1,7 @@
 """Writes into the ring cache in Triton: alone, and fused with the rotation of queries and keys."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -77,12 +77,62 @@ def _copy_heads(
     tl.store(OUT + head_offset(head, out_stride, ALIGN) + column, x, mask=mask)
 
 
+@triton.jit
+def _codes(x, scale):
+    """round(x / scale), halves to even: adding 1.5 · 2^23 leaves no fraction. 0 where scale is no number."""
+    x = tl.where(scale > 0.0, tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0)), 0.0)
+    x = tl.where(tl.abs(x) <= 127.5, x, 0.0)
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _largest(x):
+    """max|x| of each row `[rows, 1]`; infinite where the row has a NaN, which tl.max would drop."""
+    return tl.max(tl.where(x == x, tl.abs(x), float("inf")), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _pair_codes(first, second, DTYPE: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes of rotated heads, rounded to DTYPE first, and the scale of each. Beyond PAIRS lies what was not loaded."""
+    inside = tl.arange(0, BLOCK)[None, :] < PAIRS
+    first = tl.where(inside, first.to(DTYPE).to(tl.float32), 0.0)
+    second = tl.where(inside, second.to(DTYPE).to(tl.float32), 0.0)
+    scale = tl.div_rn(tl.maximum(_largest(first), _largest(second)), 127.0)
+    return _codes(first, scale), _codes(second, scale), scale
+
+
+@triton.jit
+def _quantise_heads(
+    TOKEN,
+    OUT,
+    SCALES,
+    head,
+    stride,
+    out_stride,
+    written,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """As `_copy_heads`, into int8 codes and a scale for each head."""
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (head < HEADS)[:, None] & (column < DIM)
+    x = tl.load(TOKEN + head_offset(head, stride, ALIGN) + column, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.div_rn(_largest(x), 127.0)
+    tl.store(SCALES + head[:, None], scale, mask=(head < written)[:, None])
+    mask = (head < written)[:, None] & (column < DIM)
+    tl.store(OUT + head_offset(head, out_stride, ALIGN) + column, _codes(x, scale).to(tl.int8), mask=mask)
+
+
 @triton.jit(do_not_specialize=["length", "batch", "slots", "p_b", "p_s"])
 def _write_kernel(
     K,
     V,
     K_CACHE,
     V_CACHE,
+    K_SCALE,
+    V_SCALE,
     POSITIONS,
     CU,
     length,
@@ -120,8 +170,13 @@ def _write_kernel(
     v = V + tl.multiple_of(b * v_b + s * v_s, ALIGN)
     k_cache = K_CACHE + tl.multiple_of(sequence * kc_b + slot * kc_s, ALIGN)
     v_cache = V_CACHE + tl.multiple_of(sequence * vc_b + slot * vc_s, ALIGN)
-    _copy_heads(k, k_cache, head, k_h, kc_h, written, HEADS, DIM, BLOCK, ALIGN)
-    _copy_heads(v, v_cache, head, v_h, vc_h, written, HEADS, DIM, BLOCK, ALIGN)
+    if K_SCALE is None:
+        _copy_heads(k, k_cache, head, k_h, kc_h, written, HEADS, DIM, BLOCK, ALIGN)
+        _copy_heads(v, v_cache, head, v_h, vc_h, written, HEADS, DIM, BLOCK, ALIGN)
+    else:
+        scales = (sequence * slots + slot) * HEADS
+        _quantise_heads(k, k_cache, K_SCALE + scales, head, k_h, kc_h, written, HEADS, DIM, BLOCK, ALIGN)
+        _quantise_heads(v, v_cache, V_SCALE + scales, head, v_h, vc_h, written, HEADS, DIM, BLOCK, ALIGN)
 
 
 @triton.jit(do_not_specialize=["length", "batch", "slots", "table_rows", "p_b", "p_s"])
@@ -133,6 +188,8 @@ def _rope_write_kernel(
     K_OUT,
     K_CACHE,
     V_CACHE,
+    K_SCALE,
+    V_SCALE,
     COS,
     SIN,
     POSITIONS,
@@ -195,8 +252,14 @@ def _rope_write_kernel(
         first, second = tl.where(idle, 0.0, first), tl.where(idle, 0.0, second)
         store_pairs(out, first, second, (head * (2 * PAIRS))[:, None], mask, PAIRS, BLOCK, INTERLEAVED)
         kept = (head < written)[:, None]
+        if K_SCALE is None:
+            _copy_heads(v, v_cache, head, v_h, vc_h, written, HEADS, 2 * PAIRS, 2 * BLOCK, ALIGN)
+        else:
+            scales = (sequence * slots + slot) * HEADS
+            _quantise_heads(v, v_cache, V_SCALE + scales, head, v_h, vc_h, written, HEADS, 2 * PAIRS, 2 * BLOCK, ALIGN)
+            first, second, scale = _pair_codes(first, second, K_OUT.dtype.element_ty, PAIRS, BLOCK)
+            tl.store(K_SCALE + scales + head[:, None], scale, mask=kept)
         store_pairs(k_cache, first, second, head_offset(head, kc_h, ALIGN), kept, PAIRS, BLOCK, INTERLEAVED)
-        _copy_heads(v, v_cache, head, v_h, vc_h, written, HEADS, 2 * PAIRS, 2 * BLOCK, ALIGN)
 
 
 class _Tokens(NamedTuple):
@@ -222,12 +285,12 @@ def _cu_block(batch: int) -> int:
     return min(ENDS, power_of_2(max(batch, 1)))
 
 
-def _in_place(write: Callable[..., None], *caches: torch.Tensor) -> None:
-    """Writes into caches whose last stride is not 1 through copies of them."""
-    unit = [unit_stride(c) for c in caches]
+def _in_place(write: Callable[..., None], *caches: torch.Tensor | None) -> None:
+    """Writes into caches whose last stride is not 1, and scales that are not contiguous, through copies of them."""
+    unit = [c if c is None else unit_stride(c) if c.dim() == 4 else c.contiguous() for c in caches]
     write(*unit)
     for cache, copy in zip(caches, unit, strict=True):
-        if copy is not cache:
+        if cache is not None and copy is not cache:
             cache.copy_(copy)
 
 
@@ -238,6 +301,8 @@ def write_kv(
     v_cache: torch.Tensor,
     positions: torch.Tensor,
     cu: torch.Tensor | None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     if k.numel() == 0:
         return
@@ -246,7 +311,7 @@ def write_kv(
     batch, slots, heads, dim = k_cache.shape
     tile, block, warps = head_tile(heads, dim)
 
-    def write(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    def write(k_cache: torch.Tensor, v_cache: torch.Tensor, *scales: torch.Tensor | None) -> None:
         strides = [s for some in (*t.strides, k_cache.stride()[:3], v_cache.stride()[:3]) for s in some]
         launch(
             _write_kernel,
@@ -256,6 +321,7 @@ def write_kv(
             v,
             k_cache,
             v_cache,
+            *scales,
             positions,
             cu,
             t.length,
@@ -272,7 +338,7 @@ def write_kv(
             num_warps=warps,
         )
 
-    _in_place(write, k_cache, v_cache)
+    _in_place(write, k_cache, v_cache, k_scale, v_scale)
 
 
 def rope_write_kv(
@@ -286,6 +352,8 @@ def rope_write_kv(
     sin: torch.Tensor,
     cu: torch.Tensor | None,
     interleaved: bool,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if q_out.numel() + k_out.numel() == 0:
@@ -296,7 +364,7 @@ def rope_write_kv(
     q_heads = q.shape[-2]
     tile, block, warps = head_tile(max(q_heads, heads), dim // 2)
 
-    def write(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    def write(k_cache: torch.Tensor, v_cache: torch.Tensor, *scales: torch.Tensor | None) -> None:
         strides = [s for some in (*t.strides, k_cache.stride()[:3], v_cache.stride()[:3]) for s in some]
         launch(
             _rope_write_kernel,
@@ -309,6 +377,7 @@ def rope_write_kv(
             k_out,
             k_cache,
             v_cache,
+            *scales,
             cos,
             sin,
             positions,
@@ -330,5 +399,31 @@ def rope_write_kv(
             num_warps=warps,
         )
 
-    _in_place(write, k_cache, v_cache)
+    _in_place(write, k_cache, v_cache, k_scale, v_scale)
     return q_out, k_out
+
+
+def write_kv_int8(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    positions: torch.Tensor,
+    cu: torch.Tensor | None,
+) -> None:
+    write_kv(k, v, k_cache, v_cache, positions, cu, k_scale, v_scale)
+
+
+def rope_write_kv_int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rope_write_kv(q, k, v, k_cache, v_cache, *rest, k_scale, v_scale)
