@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import torch
 
 from mistral_kernels._checks import accumulate_dtype
+from mistral_kernels.ring_cache.int8 import dequantise, quantise
 
 from .config import ModelConfig
 

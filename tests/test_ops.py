@@ -52,7 +52,7 @@ def ring_call(name):
         names = ("q", "k", "v", "k_cache", "v_cache", "positions", "cos", "sin", "cu", "interleaved")
         return tuple(a[n] for n in names)
     lens = torch.tensor([0, 3, 9], dtype=torch.int32)
-    return a["q"], a["k_cache"], a["v_cache"], lens, 3, 0.4, a["k"], a["v"], a["cu"], 5
+    return a["q"], a["k_cache"], a["v_cache"], lens, 3, 0.4, a["k"], a["v"], a["cu"], 5, False
 
 
 @pytest.mark.parametrize("name", CALLS)

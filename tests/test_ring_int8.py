@@ -144,7 +144,7 @@ def test_bad_arguments():
         write(codes_k, codes_v, positions, k_scale=k_scale)
     with pytest.raises(ValueError, match=r"k_scale is \[1, 4, 2\] torch.float16"):
         write(codes_k, codes_v, positions, k_scale=k_scale.half(), v_scale=v_scale)
-    with pytest.raises(TypeError, match="must be torch.int8"):
+    with pytest.raises(TypeError, match=r"must be torch\.int8"):
         write(codes_k.float(), codes_v, positions, k_scale=k_scale, v_scale=v_scale)
     lens = torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="k_scale and v_scale"):

@@ -14,14 +14,14 @@ from mistral_kernels import reference
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=["model", "int8"])
-@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize("window,kv_dtype", [(8, None), (None, None), (8, torch.int8)], ids=str)
 def test_two_thousand_steps_of_coming_and_going(window, kv_dtype):
-    """Released rows are poisoned, so that reading another sequence's keys would give NaN."""
-    net = tiny.model(n_layers=1, sliding_window=window)
+    """Released rows are poisoned, so that reading another sequence's keys would give NaN. With codes in float64: a
+    last bit that depends on the batch would tip one code in a million, and that a token."""
+    net = tiny.model(n_layers=1, sliding_window=window, dtype=torch.float64 if kv_dtype else torch.float32)
     session = Session(net, 5, 60, chunk_size=7, kv_dtype=kv_dtype, poison=True)
     chance, running, finished = random.Random(0), {}, []
-    for step in range(1000):
+    for step in range(2000):
         while session.cache.free and chance.random() < 0.4:
             prompt = tiny.tokens(chance.randint(1, 30), seed=chance.randint(0, 10**6)).tolist()
             count, warm = chance.randint(1, 30), chance.random() < 0.5
@@ -37,7 +37,7 @@ def test_two_thousand_steps_of_coming_and_going(window, kv_dtype):
             prompt, _, how, tokens = running.pop(row)
             if tokens:
                 finished.append((prompt, len(tokens), how, tokens))
-    assert len(finished) > 200
+    assert len(finished) > 400
     for prompt, count, how, tokens in finished:
         alone = generate(net, [prompt], count, chunk_size=7, kv_dtype=kv_dtype, **how).tokens[0]
         assert tokens == alone, (prompt, how)
