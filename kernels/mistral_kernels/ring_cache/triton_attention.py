@@ -6,7 +6,6 @@ round at most once, and slots outside the window are never read.
 """
 
 import dataclasses
-from typing import Any
 
 import torch
 import triton
@@ -341,9 +340,17 @@ def attention_cached_int8(
     v_cache: torch.Tensor,
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
-    *rest: Any,
+    seq_lens: torch.Tensor,
+    window: int,
+    scale: float,
+    k_new: torch.Tensor | None,
+    v_new: torch.Tensor | None,
+    cu: torch.Tensor | None,
+    max_q: int,
+    batch_invariant: bool,
 ) -> torch.Tensor:
-    return attention_cached(q, k_cache, v_cache, *rest, scales=(k_scale.contiguous(), v_scale.contiguous()))
+    where = (seq_lens, window, scale, k_new, v_new, cu, max_q, batch_invariant)
+    return attention_cached(q, k_cache, v_cache, *where, scales=(k_scale.contiguous(), v_scale.contiguous()))
 
 
 COMBINE = Config(rows=16, keys=0, warps=4, stages=1)

@@ -1,7 +1,7 @@
 """Writes into the ring cache in Triton: alone, and fused with the rotation of queries and keys."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -290,7 +290,7 @@ def _in_place(write: Callable[..., None], *caches: torch.Tensor | None) -> None:
     unit = [c if c is None else unit_stride(c) if c.dim() == 4 else c.contiguous() for c in caches]
     write(*unit)
     for cache, copy in zip(caches, unit, strict=True):
-        if cache is not None and copy is not cache:
+        if cache is not None and copy is not None and copy is not cache:
             cache.copy_(copy)
 
 
@@ -424,6 +424,10 @@ def rope_write_kv_int8(
     v_cache: torch.Tensor,
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
-    *rest: Any,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu: torch.Tensor | None,
+    interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return rope_write_kv(q, k, v, k_cache, v_cache, *rest, k_scale, v_scale)
+    return rope_write_kv(q, k, v, k_cache, v_cache, positions, cos, sin, cu, interleaved, k_scale, v_scale)
