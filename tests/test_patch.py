@@ -54,11 +54,11 @@ def padding(kind: str, length: int = 21) -> torch.Tensor:
     return mask
 
 
-def run(model, ids, **kwargs):
+def run(model, ids, labels=None, **kwargs):
     """Loss, logits and every gradient; the logits are those of a second pass, since a fused loss has none."""
     model.zero_grad()
     model.train()
-    loss = model(ids, labels=ids, **kwargs).loss
+    loss = model(ids, labels=ids if labels is None else labels, **kwargs).loss
     loss.backward()
     model.eval()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -378,16 +378,33 @@ def test_hooks_are_called():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, "left"])
+@pytest.mark.parametrize("kind", [None, "none", "left", "both"])
 def test_compile(kind):
     model, ids = make(), tokens()
     more = {} if kind is None else dict(attention_mask=padding(kind))
-    expected = run(model, ids, **more)
+    labels = ids
+    if kind is not None:  # what padding predicts counts neither: attention of padding means nothing
+        known = padding(kind) == 1
+        labels = ids.masked_fill(~(known & torch.nn.functional.pad(known, (1, 0), value=True)[:, :-1]), -100)
+    expected = run(model, ids, labels, **more)
     patch(model)
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     model.train()
-    loss = compiled(ids, labels=ids, **more).loss
+    model.zero_grad()
+    loss = compiled(ids, labels=labels, **more).loss
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected["loss"], atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+def test_compile_refuses_holes():
+    """What a traced model cannot look at before, it finds while it runs."""
+    model, ids = make(), tokens()
+    patch(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="holes"):
+        compiled(ids, attention_mask=padding("holes"))

@@ -165,13 +165,15 @@ def mask(
     if attention_mask is not None:
         padding: Any = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         padding = padding[:, kv_offset : kv_offset + kv_length].bool()
-        return _padded(padding, window, limit, aligned, whole)
+        return _padded(padding, window, limit, aligned, whole, isinstance(kv_length, RingLength))
     if aligned:
         return _encode(torch.empty(batch_size, 1, 0, device=device), window) if window else None
     return _encode(torch.as_tensor(limit, device=device).expand(batch_size, 1, 1), window)
 
 
-def _padded(padding: torch.Tensor, window: int, limit: Any, aligned: bool, whole: Any) -> torch.Tensor | None:
+def _padded(
+    padding: torch.Tensor, window: int, limit: Any, aligned: bool, whole: Any, ring: bool
+) -> torch.Tensor | None:
     batch, length = padding.shape
     if torch.compiler.is_compiling():
         if not aligned:
@@ -186,6 +188,8 @@ def _padded(padding: torch.Tensor, window: int, limit: Any, aligned: bool, whole
         return whole()
     if padding.all():
         return _encode(torch.empty(batch, 1, 0, device=padding.device), window) if window else None
+    if ring:
+        return whole()
     spans, whole_rows = _spans(padding)
     return _encode(spans[:, :, None], window) if whole_rows else whole()
 
