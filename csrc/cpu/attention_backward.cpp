@@ -1,0 +1,422 @@
+// A tile is some queries of one head over all keys that they see. Strips of its rows: scores and their gradients, the
+// softmax of each row whole, dq. Then, with the tile's probabilities P and the gradients of its scores dS at hand,
+// dV += P^T dO and dK += dS^T Q for all keys of the tile. The row sums of P dP come from these very scores, not from
+// the rounded output: where one key takes all, dS is the small difference of the two.
+#include "cpu/attention_backward.h"
+
+#include "cpu/attention_pack.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+constexpr int64_t sum_keys = 512;  // float32 sums over keys are no longer than this
+
+template <class T>
+struct Task {
+  using M = typename ArithmeticOf<T>::type;
+  using Scalar = typename M::Scalar;
+  using Vec = typename M::Vec;
+  using Word = typename M::Word;
+  const AttentionGradients& g;
+  const Attention& a;
+  const AttentionSequence& s;
+  const GradientSequence& d;
+  int64_t kv_head, words, row_words, columns, start, keys, span;
+  Word *k_panels, *v_panels, *k_rows;  // K and V as columns of scores, K as rows
+  Word *q, *dout;                      // [rows][row_words]
+  Word *q_rows, *dout_rows;            // [rows / step][columns]
+  Word *p, *ds;                        // [rows / step][span]
+  Word* strip_ds;                      // [strip_rows][span / step]
+  Scalar *scores, *dp, *dq;            // [strip_rows][span], twice, and [strip_rows][columns]
+  int64_t bytes;
+
+  // Keys count from `start`, a whole panel; a tile's from its own first panel on.
+  Task(const AttentionGradients& g, int64_t sequence, int64_t kv_head, char* scratch)
+      : g(g), a(g.a), s(a.sequences[sequence]), d(g.sequences[sequence]), kv_head(kv_head) {
+    constexpr int64_t n = panel_keys<M>;
+    words = key_words<M>(a.dim);
+    row_words = query_words<M>(a.dim);
+    columns = value_columns<M>(a.dim);
+    start = round_down(first_visible(a, s, 0), n);
+    keys = round_up(s.keys - start, n);
+    span = least(keys, a.causal && a.window ? round_up(a.window + g.rows, n) + n : keys) + 2 * n;
+    char* at = scratch;
+    const auto take = [&at](auto*& to, int64_t count) {
+      to = (decltype(to + 0))at;
+      at += round_up(count * (int64_t)sizeof(*to), 64);
+    };
+    take(k_panels, keys * words);
+    take(v_panels, keys * words);
+    take(k_rows, keys / M::step * columns);
+    take(q, g.rows * row_words);
+    take(dout, g.rows * row_words);
+    take(q_rows, g.rows / M::step * columns);
+    take(dout_rows, g.rows / M::step * columns);
+    take(p, g.rows / M::step * span);
+    take(ds, g.rows / M::step * span);
+    take(strip_ds, strip_rows * span / M::step);
+    take(scores, strip_rows * span);
+    take(dp, strip_rows * span);
+    take(dq, strip_rows * columns);
+    bytes = at - scratch;
+  }
+
+  int64_t sum_rows() const { return keys + strip_rows; }
+};
+
+// Queries [first, first + count) of a head, and their keys [base, end), which count from the task's start.
+struct Tile {
+  int64_t head, first, count, base, end;
+};
+
+template <class T>
+void pack_keys_of(const Task<T>& t) {
+  using M = typename Task<T>::M;
+  constexpr int64_t n = panel_keys<M>;
+  for (int64_t key = 0; key < t.keys; key += n) {
+    const int64_t count = least(n, t.s.keys - t.start - key);
+    const T *k[n], *v[n];
+    for (int64_t i = 0; i < count; i++) {
+      const Row row = find_key<T>(t.s, t.kv_head, t.start + key + i);
+      k[i] = (const T*)row.k;
+      v[i] = (const T*)row.v;
+    }
+    pack_keys<M>(k, count, t.a.dim, t.k_panels + key * t.words);
+    pack_keys<M>(v, count, t.a.dim, t.v_panels + key * t.words);
+    pack_values<M>(k, count, t.a.dim, t.k_rows + key / M::step * t.columns);
+  }
+}
+
+// Rows as words one by one, with the sign, and as pairs of rows.
+template <class T>
+void pack_rows_of(const Task<T>& t, const T* from, int64_t stride, int64_t count, double sign,
+                  typename Task<T>::Word* row, typename Task<T>::Word* pairs) {
+  using M = typename Task<T>::M;
+  for (int64_t i = 0; i < count; i++) pack_query<M>(from + i * stride, t.a.dim, sign, row + i * t.row_words);
+  for (int64_t i = 0; i < count; i += M::step)
+    for (int64_t d = 0; d < t.columns; d += M::width) {
+      if constexpr (M::step == 1)
+        store_words(pairs + i * t.columns + d, row_words<M>(from + i * stride, d, t.a.dim));
+      else
+        store_words(pairs + i / 2 * t.columns + d,
+                    pair(raw_words(from + i * stride + d, t.a.dim - d),
+                         i + 1 < count ? raw_words(from + (i + 1) * stride + d, t.a.dim - d) : vu{}));
+    }
+}
+
+// out = rows . panel for MR rows and NV vectors of keys; long dot products are summed in parts, as in the forward.
+template <class M, int MR, int NV>
+MK_INLINE void row_products(const typename M::Word* row, int64_t row_words, int64_t words,
+                            const typename M::Word* panel, typename M::Scalar* out, int64_t out_row) {
+  constexpr int64_t n = panel_keys<M>, part = lanes == 4 ? 32 : 64;
+  for (int64_t first = 0; first < words; first += part) {
+    typename M::Vec c[MR][NV] = {};
+    multiply<M>(row + first, row_words, least(part, words - first), c, [&](int64_t k, int v) {
+      return load_words<typename M::Words>(panel + (first + k) * n + v * M::width);
+    });
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        typename M::Scalar* to = out + r * out_row + v * M::width;
+        store_words(to, first ? load_words<typename M::Vec>(to) + c[r][v] : c[r][v]);
+      }
+  }
+}
+
+// Products of MR rows with the packed keys [first, last), which count from the task's start.
+template <class M, int MR>
+void all_products(const typename M::Word* row, int64_t row_words, int64_t words, const typename M::Word* panels,
+                  int64_t first, int64_t last, typename M::Scalar* out, int64_t out_row) {
+  constexpr int64_t n = panel_keys<M>, half = 2 * M::width;
+  for (int64_t key = first; key < last;) {
+    const typename M::Word* panel = panels + key / n * n * words + key % n;
+    if (strip_vectors == 4 && (key % n || last - key < n)) {
+      row_products<M, MR, 2>(row, row_words, words, panel, out + key - first, out_row);
+      key += half;
+    } else {
+      row_products<M, MR, strip_vectors>(row, row_words, words, panel, out + key - first, out_row);
+      key += n;
+    }
+  }
+}
+
+// f(j) for the vectors of each block of keys, and end_block() behind each.
+template <class M, class F, class End>
+MK_INLINE void each_vector(int64_t n, F f, End end_block) {
+  for (int64_t block = 0; block < n; block += sum_keys) {
+    for (int64_t j = block; j < least(n, block + sum_keys); j += M::width) f(j);
+    end_block();
+  }
+}
+
+// What the whole row has in common is as exact as it can be where the result is float32: an error in it does not
+// average out over the keys.
+template <class M>
+MK_INLINE double wide_total(typename M::Vec v) {
+  if constexpr (M::step == 2) return total<M>(v);
+  double whole = 0;
+  for (int i = 0; i < M::width; i++) whole += v[i];
+  return whole;
+}
+
+// Scores become probabilities, and dp the gradients of the scaled scores.
+template <class M>
+void gradients_of_row(typename M::Scalar* s, typename M::Scalar* dp, int64_t n, typename M::Scalar scale, double dlse) {
+  using Vec = typename M::Vec;
+  using Scalar = typename M::Scalar;
+  Vec top = load_words<Vec>(s);
+  for (int64_t j = M::width; j < n; j += M::width) top = larger(top, load_words<Vec>(s + j));
+  const Scalar highest = largest<M>(top);
+  if (highest == -INFINITY) {
+    __builtin_memset(s, 0, n * sizeof(Scalar));
+    __builtin_memset(dp, 0, n * sizeof(Scalar));
+    return;
+  }
+  double sum = 0, delta = 0;
+  Vec part = {}, weighted = {};
+  each_vector<M>(
+      n,
+      [&](int64_t j) {
+        const Vec e = exp2_negative<M::degree>((load_words<Vec>(s + j) - highest) * scale);
+        store_words(s + j, e);
+        part += e;
+        weighted += e * load_words<Vec>(dp + j);
+      },
+      [&] {
+        sum += wide_total<M>(part);
+        delta += wide_total<M>(weighted);
+        part = weighted = Vec{};
+      });
+  const double exact = delta / sum - dlse;
+  const Scalar inverse = Scalar(1 / sum), less = Scalar(exact), rest = Scalar(exact - less);
+  for (int64_t j = 0; j < n; j += M::width) {
+    const Vec p = load_words<Vec>(s + j) * inverse;
+    store_words(s + j, p);
+    store_words(dp + j, p * (load_words<Vec>(dp + j) - less - rest));
+  }
+}
+
+// Row r of a strip, [first, last) of [0, end): as words of pairs of rows, zeros outside; an odd row's pair has none.
+template <class M>
+void store_pairs(const typename M::Scalar* even, const typename M::Scalar* odd, int64_t first, int64_t last,
+                 int64_t end, typename M::Word* to) {
+  using Word = typename M::Word;
+  __builtin_memset(to, 0, first * sizeof(Word));
+  for (int64_t j = 0; j < last - first; j += M::width) {
+    if constexpr (M::step == 1) {
+      store_words(to + first + j, load_words<typename M::Vec>(even + j));
+    } else {
+      const vu high = odd ? widen(Format<bf16>::encode(load_words<vf>(odd + j))) : vu{};
+      store_words(to + first + j, pair(widen(Format<bf16>::encode(load_words<vf>(even + j))), high));
+    }
+  }
+  __builtin_memset(to + last, 0, (end - last) * sizeof(Word));
+}
+
+// out[r] += or, where `fresh`, = a[r] . rows, for NV vectors of columns.
+template <class M, int MR, int NV>
+MK_INLINE void add_columns(const typename M::Word* a, int64_t a_row, int64_t steps, const typename M::Word* rows,
+                           int64_t columns, bool fresh, typename M::Scalar* out) {
+  typename M::Vec c[MR][NV] = {};
+  multiply<M>(a, a_row, steps, c,
+              [&](int64_t k, int v) { return load_words<typename M::Words>(rows + k * columns + v * M::width); });
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+      typename M::Scalar* to = out + r * columns + v * M::width;
+      store_words(to, fresh ? c[r][v] : load_words<typename M::Vec>(to) + c[r][v]);
+    }
+}
+
+// out[j] += a[., j] . rows for strip_rows keys j, which lie side by side in `a`.
+template <class M, int NV>
+MK_INLINE void add_transposed(const typename M::Word* a, int64_t a_step, int64_t steps, const typename M::Word* rows,
+                              int64_t columns, typename M::Scalar* out) {
+  typename M::Vec c[strip_rows][NV] = {};
+  for (int64_t k = 0; k < steps; k++) {
+    typename M::Words b[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) b[v] = load_words<typename M::Words>(rows + k * columns + v * M::width);
+#pragma GCC unroll 6
+    for (int r = 0; r < strip_rows; r++) {
+      const typename M::Words x = M::splat(a[k * a_step + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) M::multiply_add(c[r][v], x, b[v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < strip_rows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+      typename M::Scalar* to = out + r * columns + v * M::width;
+      store_words(to, load_words<typename M::Vec>(to) + c[r][v]);
+    }
+}
+
+template <int>
+struct Vectors {};
+
+// f(column, how many vectors) over all columns.
+template <class M, class F>
+MK_INLINE void each_columns(int64_t columns, F f) {
+  int64_t d = 0;
+  for (; d + strip_vectors * M::width <= columns; d += strip_vectors * M::width) f(d, Vectors<strip_vectors>());
+  if (strip_vectors == 4 && d + 2 * M::width <= columns) {
+    f(d, Vectors<2>());
+    d += 2 * M::width;
+  }
+  if (d < columns) f(d, Vectors<1>());
+}
+
+template <class T, int MR>
+void strip(const Task<T>& t, const Tile& tile, int64_t row) {
+  using M = typename Task<T>::M;
+  using Scalar = typename M::Scalar;
+  constexpr int64_t half = 2 * M::width;
+  const int64_t query = tile.first + row, span = t.span;
+  const int64_t seen = round_down(most(first_visible(t.a, t.s, query) - t.start, 0), half);
+  const int64_t first = least(tile.end, most(tile.base, seen));
+  const int64_t end = round_up(end_visible(t.a, t.s, query + MR - 1) - t.start, half);
+  const int64_t last = most(first, least(tile.end, end)), n = last - first, width = tile.end - tile.base;
+  all_products<M, MR>(t.q + row * t.row_words, t.row_words, t.words, t.k_panels, first, last, t.scores, span);
+  all_products<M, MR>(t.dout + row * t.row_words, t.row_words, t.words, t.v_panels, first, last, t.dp, span);
+  const Scalar scale = (Scalar)(scaling(t.a.scale).magnitude * log2_e);
+  for (int r = 0; r < MR && n; r++) {
+    const Scalar* dlse = (const Scalar*)t.d.dlse + tile.head * t.g.dlse_head + (query + r) * t.g.dlse_row;
+    mask_row<M>(t.scores + r * span, n, first_visible(t.a, t.s, query + r) - t.start - first,
+                end_visible(t.a, t.s, query + r) - t.start - first);
+    gradients_of_row<M>(t.scores + r * span, t.dp + r * span, n, scale, *dlse);
+    for (int64_t j = 0; j < n; j += half)
+      store_probabilities<M>(t.strip_ds + (r * span + j) / M::step, load_words<typename M::Vec>(t.dp + r * span + j),
+                             load_words<typename M::Vec>(t.dp + r * span + j + M::width));
+  }
+  for (int r = 0; r < MR; r += M::step) {
+    const int64_t at = (row + r) / M::step * span, next = r + 1 < MR ? span : 0;
+    const Scalar *p = t.scores + r * span, *ds = t.dp + r * span;
+    store_pairs<M>(p, next ? p + next : nullptr, first - tile.base, last - tile.base, width, t.p + at);
+    store_pairs<M>(ds, next ? ds + next : nullptr, first - tile.base, last - tile.base, width, t.ds + at);
+  }
+  for (int64_t key = 0; key == 0 || key < n; key += sum_keys)
+    each_columns<M>(t.columns, [&]<int NV>(int64_t d, Vectors<NV>) {
+      add_columns<M, MR, NV>(t.strip_ds + key / M::step, span / M::step, most(least(sum_keys, n - key), 0) / M::step,
+                             t.k_rows + (first + key) / M::step * t.columns + d, t.columns, key == 0, t.dq + d);
+    });
+  for (int r = 0; r < MR; r++) {
+    T* out = (T*)t.s.out + (query + r) * t.a.out_row + tile.head * t.a.out_head;
+    for (int64_t d = 0; d < t.a.dim; d += M::width)
+      store_n(out + d, load_words<typename M::Vec>(t.dq + r * t.columns + d) * (Scalar)t.a.scale,
+              least(M::width, t.a.dim - d));
+  }
+}
+
+template <class T>
+void any_strip(const Task<T>& t, const Tile& tile, int64_t row) {
+  switch (tile.count - row) {
+    case 1:
+      return strip<T, 1>(t, tile, row);
+    case 2:
+      return strip<T, 2>(t, tile, row);
+    case 3:
+      return strip<T, 3>(t, tile, row);
+    case 4:
+      return strip<T, 4>(t, tile, row);
+    case 5:
+      return strip<T, 5>(t, tile, row);
+    default:
+      return strip<T, 6>(t, tile, row);
+  }
+}
+
+// dk and dv of the tile's keys, from the rows that see them.
+template <class T>
+void add_key_gradients(const Task<T>& t, const Tile& tile, typename Task<T>::Scalar* dk, typename Task<T>::Scalar* dv) {
+  using M = typename Task<T>::M;
+  const int64_t offset = t.s.keys - t.s.queries + tile.first - t.start;  // where the first row's own key lies
+  for (int64_t key = tile.base; key < tile.end; key += strip_rows) {
+    int64_t first = 0, last = tile.count;
+    if (t.a.causal) {
+      first = most(0, key - offset);
+      if (t.a.window) last = least(last, key + strip_rows - 1 - offset + t.a.window);
+    }
+    first = round_down(first, M::step) / M::step;
+    last = round_up(last, M::step) / M::step;
+    if (first >= last) continue;
+    const int64_t at = first * t.span + key - tile.base, to = key * t.columns;
+    each_columns<M>(t.columns, [&]<int NV>(int64_t d, Vectors<NV>) {
+      add_transposed<M, NV>(t.p + at, t.span, last - first, t.dout_rows + first * t.columns + d, t.columns,
+                            dv + to + d);
+      add_transposed<M, NV>(t.ds + at, t.span, last - first, t.q_rows + first * t.columns + d, t.columns, dk + to + d);
+    });
+  }
+}
+
+template <class T>
+void run_tile(const Task<T>& t, const Tile& tile, typename Task<T>::Scalar* dk, typename Task<T>::Scalar* dv) {
+  using M = typename Task<T>::M;
+  const T* q = (const T*)t.s.q + tile.first * t.a.q_row + tile.head * t.a.q_head;
+  const T* dout = (const T*)t.d.dout + tile.first * t.g.dout_row + tile.head * t.g.dout_head;
+  pack_rows_of(t, q, t.a.q_row, tile.count, scaling(t.a.scale).sign, t.q, t.q_rows);
+  pack_rows_of(t, dout, t.g.dout_row, tile.count, 1, t.dout, t.dout_rows);
+  for (int64_t row = 0; row < tile.count; row += strip_rows) any_strip(t, tile, row);
+  // The keys side by side behind the last are read as well.
+  for (int64_t k = 0; k < round_up(tile.count, M::step) / M::step; k++)
+    for (int64_t j = tile.end - tile.base; j < tile.end - tile.base + strip_rows; j++)
+      t.p[k * t.span + j] = t.ds[k * t.span + j] = 0;
+  add_key_gradients(t, tile, dk, dv);
+}
+
+template <class T>
+void run(const AttentionGradients& g, const GradientTask& task, char* scratch, char* sums) {
+  using M = typename Task<T>::M;
+  using Scalar = typename M::Scalar;
+  const Task<T> t(g, task.sequence, task.kv_head, scratch);
+  Scalar *dk = (Scalar*)sums, *dv = dk + t.sum_rows() * t.columns;
+  __builtin_memset(sums, 0, 2 * t.sum_rows() * t.columns * sizeof(Scalar));
+  pack_keys_of(t);
+  const int64_t group = t.a.heads / t.a.kv_heads;
+  for (int64_t first = task.part * g.rows; first < t.s.queries; first += task.parts * g.rows) {
+    Tile tile = {0, first, least(g.rows, t.s.queries - first), 0, 0};
+    const int64_t from = most(first_visible(t.a, t.s, first) - t.start, 0);
+    tile.base = least(round_down(from, panel_keys<M>), t.keys);
+    tile.end = most(tile.base, round_up(end_visible(t.a, t.s, first + tile.count - 1) - t.start, 2 * M::width));
+    for (tile.head = task.kv_head * group; tile.head < (task.kv_head + 1) * group; tile.head++)
+      run_tile(t, tile, dk, dv);
+  }
+}
+
+template <class T>
+void finish(const AttentionGradients& g, const GradientTask& task, char* sums, int64_t sums_bytes) {
+  using M = typename Task<T>::M;
+  using Scalar = typename M::Scalar;
+  const Task<T> t(g, task.sequence, task.kv_head, nullptr);
+  const int64_t row = t.a.kv_heads * t.a.dim, second = t.sum_rows() * t.columns;
+  for (int64_t key = 0; key < t.s.keys; key++)
+    for (int which = 0; which < 2; which++) {
+      T* out = (T*)(which ? t.d.dv : t.d.dk) + key * row + task.kv_head * t.a.dim;
+      for (int64_t d = 0; d < t.a.dim; d += M::width) {
+        typename M::Vec v = {};
+        for (int64_t p = 0; p < task.parts && key >= t.start; p++)
+          v += load_words<typename M::Vec>((const Scalar*)(sums + p * sums_bytes) + which * second +
+                                           (key - t.start) * t.columns + d);
+        store_n(out + d, which ? v : v * (Scalar)t.a.scale, least(M::width, t.a.dim - d));
+      }
+    }
+}
+
+template <class T>
+AttentionBackwardKernels::Sizes sizes(const AttentionGradients& g, int64_t sequence) {
+  const Task<T> t(g, sequence, 0, nullptr);
+  return {t.bytes, round_up(2 * t.sum_rows() * t.columns * (int64_t)sizeof(typename Task<T>::Scalar), 64)};
+}
+
+}  // namespace
+
+const AttentionBackwardKernels attention_backward = {
+    {sizes<float>, sizes<bf16>, sizes<f16>, sizes<double>},
+    {run<float>, run<bf16>, run<f16>, run<double>},
+    {finish<float>, finish<bf16>, finish<f16>, finish<double>},
+};
+
+}  // namespace mk::MK_ISA

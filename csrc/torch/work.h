@@ -1,0 +1,59 @@
+// Scratch memory, and work of unequal shares on all threads.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "torch/binding.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace mk {
+
+// Below so many multiply-adds one thread is done before a second has woken up.
+constexpr double serial_work = 2e5;
+
+class Memory {
+ public:
+  ~Memory() { std::free(data_); }
+  size_t size() const { return size_; }
+
+  char* at_least(size_t bytes) {
+    if (bytes <= size_) return data_;
+    std::free(data_);
+    const size_t alignment = bytes >= 2 * huge_page ? huge_page : 64;
+    size_ = (bytes + alignment - 1) / alignment * alignment;
+    data_ = static_cast<char*>(std::aligned_alloc(alignment, size_));
+    if (!data_) {
+      size_ = 0;
+      throw std::bad_alloc();
+    }
+#if defined(__linux__)
+    if (alignment == huge_page) madvise(data_, size_, MADV_HUGEPAGE);
+#endif
+    return data_;
+  }
+
+ private:
+  static constexpr size_t huge_page = size_t{2} << 20;
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Runs f(i) for all i < count on one task a thread; each takes the next i.
+template <class F>
+void share_out(int64_t count, double work, const F& f) {
+  std::atomic<int64_t> next{0};
+  const auto take = [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+  };
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (threads <= 1 || work < serial_work)
+    take(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, take);
+}
+
+}  // namespace mk
