@@ -21,6 +21,7 @@ from .safetensors_file import Replacing, read_json, write_json
 
 NAME = "default"  # peft's own name of the first adapter
 FORMATS = ("ours", "hf", "mistral")
+_NF4_BLOCK = 64
 _PREFIX = "base_model.model."
 _PEFT = ("adapter_model.safetensors", "adapter_config.json")
 _MISTRAL = ("lora.safetensors", "params.json")
@@ -237,7 +238,8 @@ def merge_adapters(model: Transformer) -> Transformer:
     """Adds the adapters to the weights, in place, and takes them off: plain linear modules in the model's dtype."""
     for name, layer in list(lora_layers(model)):
         base = layer.get_base_layer()
-        linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        with torch.device("meta"):
+            linear = Linear(base.in_features, base.out_features, model.ops, base.bias is not None)
         linear.weight = nn.Parameter(merged_weight(layer).to(model.dtype), requires_grad=False)
         if base.bias is not None:
             linear.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
@@ -256,12 +258,18 @@ def quantize_nf4(model: nn.Module, targets: list[str], dtype: torch.dtype) -> nn
 
     Raises:
         ModuleNotFoundError: bitsandbytes is not installed; says what to install.
+        ValueError: a module whose inputs are no multiple of 64.
     """
     bnb = need("bitsandbytes", "train")
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
         if leaf not in targets or type(module) not in (nn.Linear, Linear):
             continue
+        if module.in_features % _NF4_BLOCK:
+            raise ValueError(
+                f"{name} has {module.in_features} inputs; NF4 needs a multiple of {_NF4_BLOCK}: bitsandbytes reads"
+                " others wrongly on a CPU; leave it out of the targets"
+            )
         four = bnb.nn.Linear4bit(
             module.in_features,
             module.out_features,
@@ -277,6 +285,8 @@ def quantize_nf4(model: nn.Module, targets: list[str], dtype: torch.dtype) -> nn
         if module.bias is not None:
             four.bias = nn.Parameter(module.bias.data, requires_grad=False)
         four.to(module.weight.device)  # this quantises
+        # Else evaluation on a CPU with AVX512-BF16 packs the weights anew, in place: merging would read them wrongly.
+        four.support_avx512bf16_for_cpu = False
         setattr(model.get_submodule(parent), leaf, four)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks the model for it
     return model

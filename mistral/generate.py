@@ -262,6 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, '-' for stdin")
+    parser.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter, in peft's or Mistral's format")
+    parser.add_argument("--merge", action="store_true", help="add the adapter to the weights first")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument(
         "--ops",
@@ -308,6 +310,11 @@ def _run(args: argparse.Namespace) -> Generated:
     tokenizer = load_tokenizer(args.model)
     dtype = _DTYPES[args.dtype]
     model = load_model(args.model, ops=ops, dtype=dtype, window=args.window, device=args.device)
+    if args.adapter is not None:
+        from .adapters import load_adapter, merge_adapters
+
+        model = load_adapter(model, args.adapter)
+        model = merge_adapters(model) if args.merge else model
     ids = tokenizer.encode_chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text, bos=True)
     stream = TextStream(tokenizer, context=ids)
 

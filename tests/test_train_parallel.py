@@ -31,7 +31,7 @@ def launch(folder: Path, processes: int, changes: list[dict]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [str(ROOT / "tests" / "training_runs.py"), str(folder), json.dumps(changes)]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:6000]
 
 
 def values(out: Path) -> list[float]:

@@ -16,10 +16,11 @@ SHAPE = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim
 
 
 def documents(count: int = 40, seed: int = 0) -> list[list[int]]:
-    """Documents of 1 to 60 tokens, some longer than a sequence of the tests."""
+    """Documents of 1 to 60 tokens, some longer than a sequence of the tests, each counting in steps of 1 or 2."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
-    return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    starts = torch.randint(VOCAB, (count,), generator=generator).tolist()
+    return [[(s + i * (1 + s % 2)) % VOCAB for i in range(n)] for s, n in zip(starts, lengths, strict=True)]
 
 
 def make_shards(folder: Path) -> Path:
