@@ -13,7 +13,7 @@ import torch
 
 from . import _library
 
-IMPLS = ("reference", "cpu", "cuda", "triton")
+IMPLS = ("reference", "cpu", "cuda", "triton", "flash_attn")
 
 
 @functools.cache
@@ -60,7 +60,17 @@ def backends() -> dict[str, str | None]:
     Returns:
         A dict from the names that `impl=` takes to None or a sentence.
     """
-    return {"reference": None, "cpu": _library.unusable, "cuda": _cuda_unusable(), "triton": _triton_unusable()}
+    return {
+        "reference": None,
+        "cpu": _library.unusable,
+        "cuda": _cuda_unusable(),
+        "triton": _triton_unusable(),
+        "flash_attn": _flash().unusable(),
+    }
+
+
+def _flash() -> Any:
+    return importlib.import_module(".attention.flash", __package__)
 
 
 def _tensors(args: tuple) -> list[torch.Tensor]:
@@ -105,6 +115,8 @@ class Op:
         triton_supports: returns why Triton cannot do these arguments, or None.
         cuda: whether the op is written in CUDA C++.
         cuda_supports: returns why that cannot do these arguments, or None.
+        flash, flash_supports: functions of `attention.flash`: the op by flash-attn, called as it is, so that autograd
+            sees flash-attn's own operators; and why that cannot do these arguments, or None.
         setup_context, backward: as `torch.library.register_autograd` takes them; ctx.impl is "triton" or "cuda" where
             that was asked for, else None. An op without a backward raises when it is differentiated.
     """
@@ -120,6 +132,8 @@ class Op:
         triton_supports: Callable[..., str | None] = _supports_any,
         cuda: bool = False,
         cuda_supports: Callable[..., str | None] = _supports_any,
+        flash: str | None = None,
+        flash_supports: str = "supports",
         setup_context: Callable | None = None,
         backward: Callable | None = None,
     ):
@@ -130,6 +144,7 @@ class Op:
         self._fake, self._setup_context, self._backward = fake, setup_context, backward
         self._triton_path, self._triton_supports = triton, triton_supports
         self._cuda_supports = cuda_supports
+        self._flash, self._flash_supports = flash, flash_supports
         self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
         if not self.compiled:
@@ -188,6 +203,13 @@ class Op:
             return "it has no float64"
         return self._cuda_supports(*args)
 
+    def _flash_reason(self, args: tuple) -> str | None:
+        """Why flash-attn cannot run these arguments here, or None."""
+        if self._flash is None:
+            return "not in flash-attn"
+        reason: str | None = _flash().unusable() or getattr(_flash(), self._flash_supports)(*args)
+        return reason
+
     def _run_on_gpu(self, *args: Any) -> Any:
         if self._triton_reason(args) is None:
             return self._run_triton(*args)
@@ -215,6 +237,7 @@ class Op:
             "cpu": self._cpu_reason(args),
             "cuda": self._cuda_reason(args),
             "triton": self._triton_reason(args),
+            "flash_attn": self._flash_reason(args),
         }
 
     def __call__(self, impl: str | None, *args: Any) -> Any:
@@ -225,6 +248,8 @@ class Op:
         reasons = self.reasons(*args) if impl in IMPLS else {}
         if impl not in IMPLS or reasons[impl] is not None:
             raise _unusable(self.name, impl, reasons)
+        if impl == "flash_attn":
+            return getattr(_flash(), str(self._flash))(*args)
         return _call({"triton": self._triton, "cuda": self._cuda}.get(impl, self._auto), args)
 
 

@@ -28,7 +28,7 @@ def using(impl: str | None = None) -> SimpleNamespace:
     None: its ops can be called one by one.
 
     Args:
-        impl: None, "reference", "cpu" or "triton".
+        impl: None, or a name that `backends()` lists.
 
     Returns:
         A namespace with the ops of `mistral_kernels`.

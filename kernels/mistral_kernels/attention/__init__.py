@@ -59,6 +59,7 @@ _attention = Op(
     triton_supports=_triton_supports,
     cuda=True,
     cuda_supports=cuda_supports,
+    flash="attention",
     setup_context=_save,
     backward=_gradients,
 )
@@ -149,7 +150,10 @@ def attention(
         cu_seqlens_k: the same for k and v; None for the queries' own.
         max_seqlen_q, max_seqlen_k: the longest packed sequence, if known: spares GPU kernels empty blocks.
         return_lse: also return the log of the softmax's denominator.
-        impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton".
+        impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton", "flash_attn" (its lse has no
+            gradient).
+
+    Under autocast q, k and v are cast as by `F.scaled_dot_product_attention`.
 
     Returns:
         out like q, contiguous; with `return_lse` also lse, float32 `[B, H, S]` or `[H, T]`, natural logarithm. A
@@ -176,7 +180,7 @@ def attention(
         max_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
         max_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     check_heads(q, k, v)
-    q, k, v = _checks.promote(q, k, v)
+    q, k, v = _checks.promote(*_checks.autocast(q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = _attention(impl, q, k, v, width, scale, causal, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     return (out, lse) if return_lse else out

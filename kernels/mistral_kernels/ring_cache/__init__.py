@@ -65,6 +65,8 @@ _attention_cached = Op(
     triton_supports=_triton_supports,
     cuda=True,
     cuda_supports=_cuda_attends,
+    flash="attention_cached",
+    flash_supports="supports_cached",
 )
 
 
