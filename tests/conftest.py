@@ -24,6 +24,18 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def cuda_ops():
+    """The CUDA ops on CPU tensors, run from their own PTX with every access checked; nothing on a machine with a GPU."""
+    if torch.cuda.is_available():
+        return
+    from ptx_on_cpu import missing, torch_ops
+
+    if (reason := missing()) is not None:
+        pytest.skip(f"CUDA kernels cannot be built here: {reason}")
+    torch_ops.load()
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long grids too")
 

@@ -1,0 +1,169 @@
+"""Reads the text of a PTX module: its files, variables, and kernels as lists of statements."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+BYTES = {"pred": 1, **{f"{kind}{bits}": bits // 8 for kind in "busf" for bits in (8, 16, 32, 64)}}
+VARIABLE = re.compile(
+    r"(?:\.(?:visible|weak|extern)\s+)?\.(?P<space>global|const|shared|local)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
+    r"\.(?P<type>\w+)\s+(?P<name>[\w$%]+)(?P<dims>(?:\[\d*\])*)(?:\s*=\s*(?P<values>.*))?$",
+    re.S,
+)
+PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)(?:\s+\.ptr[^,]*?)?\s+(?P<name>[\w$]+)(?:\[(?P<n>\d+)\])?"
+)
+ENTRY = re.compile(r"^(?:\.visible |\.weak )?\.entry ([\w$]+)\s*\((.*?)\)([^{]*)^\{", re.S | re.M)
+LABEL = re.compile(r"([A-Za-z_$][\w$]*):(?!:)\s*")
+
+
+class UnknownPtx(Exception):
+    """PTX that the translator does not know; it says so rather than guess."""
+
+
+@dataclass
+class Variable:
+    space: str
+    name: str
+    type: str
+    align: int
+    bytes: int
+    values: list[str]
+
+
+@dataclass
+class Statement:
+    """`site` counts lines from the kernel's first, so that a kernel's text is the same wherever it stands."""
+
+    site: int
+    kind: str  # open, close, label, code, variable, registers
+    text: str
+
+
+@dataclass
+class Entry:
+    name: str
+    params: list[tuple[str, int, int]]  # name, offset, bytes
+    statements: list[Statement]
+    lines: list[tuple[int, str]]  # site, "file.cu:12"
+    max_threads: int
+    text: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Module:
+    entries: dict[str, Entry]
+    variables: list[Variable]
+
+
+def variable(text: str) -> Variable | None:
+    match = VARIABLE.match(text)
+    if match is None:
+        return None
+    count = 1
+    for n in re.findall(r"\[(\d*)\]", match["dims"]):
+        count *= int(n or 0)
+    values = [v.strip() for v in (match["values"] or "").strip("{} \n").split(",") if v.strip()]
+    size = BYTES[match["type"]]
+    return Variable(match["space"], match["name"], match["type"], int(match["align"] or size), size * count, values)
+
+
+def _params(text: str) -> list[tuple[str, int, int]]:
+    params, offset = [], 0
+    for match in PARAMETER.finditer(text):
+        size = int(match["n"]) if match["n"] else BYTES[match["type"]]
+        align = int(match["align"] or size)
+        offset = -(-offset // align) * align
+        params.append((match["name"], offset, size))
+        offset += size
+    return params
+
+
+def _body_end(text: str, start: int) -> int:
+    depth, i = 1, start
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        i += 1
+    return i - 1
+
+
+def _location(text: str, files: dict[str, str]) -> str:
+    match = re.match(r"\.loc\s+(\d+)\s+(\d+)", text)
+    if match is None:
+        raise UnknownPtx(text)
+    where = f"{files.get(match[1], '?')}:{match[2]}"
+    inlined = re.search(r"inlined_at\s+(\d+)\s+(\d+)", text)
+    return where if inlined is None else f"{where} (inlined at {files.get(inlined[1], '?')}:{inlined[2]})"
+
+
+def _statements(lines: list[str], files: dict[str, str]) -> tuple[list[Statement], list[tuple[int, str]]]:
+    statements: list[Statement] = []
+    locations: list[tuple[int, str]] = []
+    pending = ""
+    for site, line in enumerate(lines):
+        text = line.strip()
+        if not pending and re.match(r"\.loc\s", text):
+            locations.append((site + 1, _location(text, files)))
+            continue
+        while text:
+            if not pending:
+                if text[0] in "{}":
+                    statements.append(Statement(site, "open" if text[0] == "{" else "close", text[0]))
+                    text = text[1:].lstrip()
+                    continue
+                if label := LABEL.match(text):
+                    statements.append(Statement(site, "label", label[1]))
+                    text = text[label.end() :]
+                    continue
+            head, end, text = text.partition(";")
+            pending = f"{pending} {head}".strip()
+            text = text.lstrip()
+            if end:
+                if pending:
+                    statements.append(Statement(site, _kind(pending), pending))
+                pending = ""
+    if pending:
+        raise UnknownPtx(pending)
+    return statements, locations
+
+
+def _kind(text: str) -> str:
+    if not text.startswith("."):
+        return "code"
+    directive = text.split(None, 1)[0]
+    kind = {".reg": "registers", ".pragma": "pragma"}.get(directive)
+    if kind is None and directive in (".local", ".shared"):
+        kind = "variable"
+    if kind is None:
+        raise UnknownPtx(text)
+    return kind
+
+
+def _max_threads(directives: str) -> int:
+    match = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", directives)
+    return int(match[1]) * int(match[2] or 1) * int(match[3] or 1) if match else 1024
+
+
+def parse(text: str) -> Module:
+    """Raises UnknownPtx at a directive that is not known, and where functions are called."""
+    text = re.sub(r"//[^\n]*", "", text)
+    if call := re.search(r"^\s*(\.visible |\.weak )?\.func\b[^;{]*", text, re.M):
+        raise UnknownPtx(f"device functions must be inlined: {' '.join(call[0].split())}")
+    files = {m[1]: PurePath(m[2]).name for m in re.finditer(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
+    entries: dict[str, Entry] = {}
+    outside, position = "", 0
+    for match in ENTRY.finditer(text):
+        outside += text[position : match.start()]
+        end = _body_end(text, match.end())
+        position = end + 1
+        lines = text[match.end() : end].split("\n")
+        statements, locations = _statements(lines, files)
+        entries[match[1]] = Entry(
+            match[1], _params(match[2]), statements, locations, _max_threads(match[3]), [line.strip() for line in lines]
+        )
+    outside += text[position:].split(".section")[0]
+    declared = re.findall(r"^\s*((?:\.(?:visible|weak|extern)\s+)?\.(?:global|const|shared)\s[^;]*);", outside, re.M)
+    found = [variable(declaration) for declaration in declared]
+    if None in found:
+        raise UnknownPtx(declared[found.index(None)])
+    return Module(entries, [v for v in found if v is not None])
