@@ -25,6 +25,7 @@ COMMANDS = {
     "ops": ("rows", "memory-bound ops and the loss, forward and backward"),
     "attention": ("rows", "causal and sliding-window attention, scaling curves"),
     "decode": ("rows", "one token at a time over the ring cache"),
+    "gpu-report": ("gpu_report", "every GPU kernel's machine code, and a roofline model of it"),
 }
 
 
@@ -112,7 +113,7 @@ def finish(options: argparse.Namespace, run: dict[str, Any]) -> int:
         for path in plots.plot_rows(rows, options.plot, options.command):
             print(f"wrote {path}")
     refused = [r for r in rows if r.refused]
-    status = 1 if refused or not (rows or run.get("study")) else 0
+    status = 1 if refused or run.get("failed") or not (rows or run.keys() & {"study", "kernels"}) else 0
     if refused:
         print(f"bench: {len(refused)} of {len(rows)} rows were refused", file=sys.stderr)
     return max(status, compared(options, rows)) if options.compare else status
