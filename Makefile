@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-slow verify parity-docs lint format build clean
+.PHONY: help demo test test-slow verify parity-docs ring-study lint format build clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ parity-docs: build ## docs/parity.md: what this machine can verify, beside what 
 	$(BIN)/python -m mistral_kernels.verify --json docs/parity/CPU.json
 	$(BIN)/python -m mistral_kernels.verify --interpret --impl triton --json docs/parity/Triton_interpreter.json
 	$(BIN)/python scripts/parity_docs.py
+
+ring-study: build $(STAMPS)/sample ## docs/ring_cache/: time and memory by position, int8 keys and values
+	$(BIN)/python -m bench.ring_study --out docs/ring_cache
 
 lint: $(STAMPS)/requirements ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

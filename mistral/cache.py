@@ -134,7 +134,7 @@ class RingCache:
                 rope tables.
         """
         lengths = [1] * self.batch if lengths is None else list(lengths)
-        self._check(lengths, cos.shape[0])
+        self.check(lengths, cos.shape[0])
         if set(lengths) == {1}:
             positions, cu_seqlens, last, after = self.seq_lens, None, None, self.seq_lens + 1
         else:
@@ -156,7 +156,8 @@ class RingCache:
             after=(after, [old + new for old, new in zip(self.held, lengths, strict=True)]),
         )
 
-    def _check(self, lengths: list[int], table_rows: int) -> None:
+    def check(self, lengths: list[int], table_rows: int) -> None:
+        """Raises ValueError where so many new tokens of each sequence do not fit; `begin` calls it."""
         if len(lengths) != self.batch or min(lengths) < 0 or max(lengths) < 1:
             raise ValueError(
                 f"the chunk lengths are {lengths}; they must be {self.batch}, one a sequence, 0 for those that idle,"
