@@ -235,3 +235,14 @@ def test_going_on_with_other_settings_is_an_error(tmp_path, changes, message):
         changes = changes | dict(out=str(tmp_path / changes["out"]))
     with pytest.raises(ValueError, match=message):
         runs.run(tmp_path, **dict(steps=2) | changes)
+
+
+def test_a_profiled_step_and_no_checkpoints(tmp_path):
+    import json
+
+    runs.run(tmp_path, out=str(tmp_path / "plain"), steps=2)
+    runs.run(tmp_path, steps=2, profile=2, keep=0)
+    found = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert found["step"] == 2 and found["longest"] and 0 <= found["communication_share_of_step"] < 1
+    assert checkpoints.newest(tmp_path / "out" / "checkpoints") is None
+    assert runs.losses(tmp_path / "out") == runs.losses(tmp_path / "plain")

@@ -73,13 +73,14 @@ class Settings:
     loss_scale: float = _of(65536.0, "compute", "first loss scale of float16")
 
     save_every: int = _of(500, "saving", "steps between checkpoints; 0: only at the end")
-    keep: int = _of(2, "saving", "newest checkpoints that are kept")
+    keep: int = _of(2, "saving", "newest checkpoints that are kept; 0 writes none")
     export: str = _of("none", "saving", "write the final weights for others", ("none", "hf", "mistral"))
 
     log_every: int = _of(1, "logging", "steps between lines of log.csv")
     eval_every: int = _of(0, "logging", "steps between passes over held-out text; 0: only at the end")
     eval_batches: int = _of(0, "logging", "sequences of such a pass; 0 for all")
     tensorboard: bool = _of(False, "logging", "also write event files for TensorBoard")
+    profile: int = _of(0, "logging", "profile this step and write profile.json; 0 for none")
     mfu: bool = _of(True, "logging", "measure the machine's GEMM rate first and report the share of it in use")
 
     lora_rank: int = _of(0, "lora", "rank of LoRA adapters; 0 trains all weights")
@@ -96,9 +97,11 @@ class Settings:
         self._check_together()
 
     def _check_ranges(self) -> None:
-        least = dict.fromkeys(("seq_len", "batch_tokens", "micro_batch", "keep", "log_every"), 1)
+        least = dict.fromkeys(("seq_len", "batch_tokens", "micro_batch", "log_every"), 1)
         least |= dict.fromkeys(("steps", "warmup", "save_every", "eval_every", "eval_batches", "lora_rank"), 0)
-        least |= dict.fromkeys(("threads", "max_documents", "synthetic", "weight_decay", "clip", "seed"), 0)
+        least |= dict.fromkeys(
+            ("keep", "profile", "threads", "max_documents", "synthetic", "weight_decay", "clip", "seed"), 0
+        )
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")

@@ -19,6 +19,7 @@ from .batches import IGNORED, Order, RandomTokens, Sequences, count_labels, eval
 from .loss import Trainee, recompute_layers
 from .optimizer import LossScale, gradient_norm, learning_rate, make_optimizer, scale_gradients
 from .parallel import World, assign, initialise, set_last, shard
+from .profile import profiled
 from .settings import Settings
 from .shards import Tokens
 from .sources import prepare
@@ -295,12 +296,22 @@ class Trainer:
             report.evaluated(self.evaluate())
         while self.step < self.steps:
             start = time.perf_counter()
-            row = self.train_step()
+            row = self.profiled_step() if self.step + 1 == settings.profile else self.train_step()
             row["seconds"] = time.perf_counter() - start
             due = settings.eval_every and self.step % settings.eval_every == 0
             if due or self.step == self.steps:
                 row["eval_loss"] = self.evaluate()
             report.stepped(row)
-            if self.step == self.steps or (settings.save_every and self.step % settings.save_every == 0):
+            if settings.keep and (self.step == self.steps or due_to_save(self.step, settings)):
                 self.save()
         return report.finish()
+
+    def profiled_step(self) -> dict[str, Any]:
+        """A step under the profiler; the first process writes profile.json."""
+        path = self.folder / "profile.json" if self.world.first else None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return profiled(self.train_step, path, self.world.device)
+
+
+def due_to_save(step: int, settings: Settings) -> bool:
+    return settings.save_every > 0 and step % settings.save_every == 0
