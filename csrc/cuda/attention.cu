@@ -1,4 +1,5 @@
 #include "cuda/attention.h"
+#include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
 
 namespace mk::cuda {
@@ -72,4 +73,12 @@ extern "C" int mk_cuda_attention(const mk::cuda::Attention& a, void* stream) {
     combine_kernel<T><<<(rows + rows_of_block - 1) / rows_of_block, attention_threads, 0, on>>>(a);
     return cudaGetLastError();
   });
+}
+
+extern "C" int mk_cuda_attention_backward(const mk::cuda::AttentionBackward& a, void* stream) {
+  using namespace mk::cuda;
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (a.dtype == static_cast<int>(mk::Dtype::bf16)) return attention_backward_bf16(a, on);
+  if (a.dtype == static_cast<int>(mk::Dtype::f16)) return attention_backward_f16(a, on);
+  return attention_backward_f32(a, on);
 }

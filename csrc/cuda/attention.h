@@ -31,11 +31,11 @@ struct Attention {
 
 struct AttentionBackward {
   AttentionTokens dout, q, k, v;
-  const float *lse, *dlse;  // contiguous, like the forward's lse
-  float* delta;             // the same shape, scratch
-  void *dq, *dk, *dv;       // contiguous
+  const float* dlse;   // contiguous, like the forward's lse
+  float* statistics;   // three times as much scratch
+  void *dq, *dk, *dv;  // contiguous
   const int32_t *cu_q, *cu_k;
-  int64_t tokens, key_tokens;
+  int64_t tokens;
   int sequences, heads, kv_heads, dim, max_q, max_k, window, dtype;
   float scale;
   bool causal;

@@ -87,9 +87,9 @@ template <int D>
 struct Running {
   float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {}, out[D / 8][4] = {};
 
-  // Scores of the next keys in units of log2; they become their exponentials.
+  // Scores of the next keys; they become their exponentials.
   template <int n>
-  __device__ __forceinline__ void add(float (&s)[n][4]) {
+  __device__ __forceinline__ void add(float (&s)[n][4], float scale) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float top = largest[r];
@@ -97,7 +97,7 @@ struct Running {
       for (int i = 0; i < n; i++) top = fmaxf(top, fmaxf(s[i][2 * r], s[i][2 * r + 1]));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float base = top == -INFINITY ? 0.0f : top, shrink = exp2_approx(largest[r] - base);
+      const float base = top == -INFINITY ? 0.0f : top, shrink = exponential(largest[r], base, scale);
       largest[r] = top;
       sum[r] *= shrink;
 #pragma unroll
@@ -106,7 +106,7 @@ struct Running {
       for (int i = 0; i < n; i++)
 #pragma unroll
         for (int e = 2 * r; e < 2 * r + 2; e++) {
-          s[i][e] = exp2_approx(s[i][e] - base);
+          s[i][e] = exponential(s[i][e], base, scale);
           sum[r] += s[i][e];
         }
     }
@@ -122,9 +122,9 @@ struct Running {
   }
 };
 
-// Scales the scores of 16 rows and 8 n keys from `key`, and hides those not seen.
+// Hides the scores not seen of 16 rows and 8 n keys from `key`.
 template <class T, int n>
-__device__ __forceinline__ void mask_scores(float (&s)[n][4], const ForwardWork<T>& w, float scale, int key,
+__device__ __forceinline__ void mask_scores(float (&s)[n][4], const ForwardWork<T>& w, bool negative, int key,
                                             int first_position, int last_position, const int (&position)[2]) {
   const bool all_seen = w.visible.begin(last_position) <= key && key + 8 * n <= w.visible.end(first_position);
   const int column = key + threadIdx.x % 4 * 2;
@@ -133,7 +133,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[n][4], const ForwardWork<
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       const bool seen = all_seen || w.visible.sees(position[e / 2], column + 8 * i + e % 2);
-      s[i][e] = seen ? s[i][e] * scale : -INFINITY;
+      s[i][e] = !seen ? -INFINITY : negative ? -s[i][e] : s[i][e];
     }
 }
 
@@ -147,7 +147,7 @@ __device__ __forceinline__ void store_rows(const Attention& a, const ForwardWork
   for (int r = 0; r < 2; r++) {
     const int of_tile = row + g + 8 * r, of_sequence = w.first_row + of_tile;
     const float inverse = run.sum[r] > 0 ? 1.0f / run.sum[r] : 0.0f;
-    const float lse = run.sum[r] > 0 ? (run.largest[r] + log2f(run.sum[r])) * ln2 : -INFINITY;
+    const float lse = run.sum[r] > 0 ? run.largest[r] * fabsf(a.scale) + logf(run.sum[r]) : -INFINITY;
     const bool live = of_sequence < w.rows();
     const int query = of_sequence / w.packed_heads, head = w.head_of(of_sequence);
     const int64_t out_row = (first_token + query) * a.heads + head;
@@ -183,7 +183,7 @@ __device__ __forceinline__ void store_rows(const Attention& a, const ForwardWork
 
 // Adds up what the four warps found of the same 16 rows, into the first warp's registers.
 template <int D>
-__device__ __forceinline__ void join_warps(Running<D>& run, float* shared) {
+__device__ __forceinline__ void join_warps(Running<D>& run, float scale, float* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int values = D / 2 + 4;  // of a lane, one warp's after the other: lanes next to each other
   if (warp) {
@@ -201,7 +201,8 @@ __device__ __forceinline__ void join_warps(Running<D>& run, float* shared) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const float top = fmaxf(run.largest[r], theirs[r * 32]), base = top == -INFINITY ? 0.0f : top;
-      const float mine = exp2_approx(run.largest[r] - base), other_share = exp2_approx(theirs[r * 32] - base);
+      const float mine = exponential(run.largest[r], base, scale);
+      const float other_share = exponential(theirs[r * 32], base, scale);
       run.largest[r] = top;
       run.sum[r] = run.sum[r] * mine + theirs[(2 + r) * 32] * other_share;
 #pragma unroll
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(attention_threads) attention_kernel(const Atte
   const int own_row = w.first_row + row + threadIdx.x % 32 / 4;
   const int position[2] = {w.position(own_row), w.position(own_row + 8)};
   const int first_position = w.position(w.first_row + row), last_position = w.position(w.first_row + row + 15);
-  const float scale = a.scale * log2e;
+  const float scale = exponent_scale(a.scale);
   Running<D> run;
   for (int block = begin; block < end; block++) {
     wait_copies<1>();
@@ -258,8 +259,8 @@ __global__ void __launch_bounds__(attention_threads) attention_kernel(const Atte
     load_block(key_tile(block + 1), keys, block + 1);
     float s[n][4];
     product_of_rows<T, D, n>(s, queries, row, key_tile(block), key_offset);
-    mask_scores<T, n>(s, w, scale, block * key_rows + key_offset, first_position, last_position, position);
-    run.add(s);
+    mask_scores<T, n>(s, w, a.scale < 0, block * key_rows + key_offset, first_position, last_position, position);
+    run.add(s, scale);
     wait_copies<1>();
     __syncthreads();  // the values are there
     load_block(value_tile(block + 1), values, block + 1);
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(attention_threads) attention_kernel(const Atte
   __syncthreads();  // all buffers are done with, the queries too where there was no key
   run.finish();
   if constexpr (kDecode) {
-    join_warps(run, reinterpret_cast<float*>(key_buffers));
+    join_warps(run, scale, reinterpret_cast<float*>(key_buffers));
     if (warp) return;
   }
   store_rows<T, D>(a, w, run, queries, row);

@@ -9,7 +9,7 @@ constexpr int tile_rows = 16, warp_rows = 4, key_block = 32;
 constexpr int columns_of_lane = 8;  // for head dimensions up to 256
 
 // Four more floats a row: lanes that read neighbouring rows then hit different banks.
-__device__ __forceinline__ int padded(int dim) { return dim + 4; }
+__host__ __device__ __forceinline__ int padded(int dim) { return dim + 4; }
 
 __device__ __forceinline__ void load_rows(float* to, const ForwardKeys<float>& from, int first, int dim) {
   const int quads = dim / 4;

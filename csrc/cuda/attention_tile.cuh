@@ -49,7 +49,9 @@ struct Rows {
 template <class T, int D, int rows, class From>
 __device__ __forceinline__ void load_tile(Tile<T, D> to, int dim, const void* somewhere, const From& from) {
   constexpr int chunks = Tile<T, D>::chunks;
-  constexpr int together = D == 256 ? 4 : 16;  // unrolled further, the addresses would spill accumulators
+  constexpr int together = D == 256   ? 2
+                           : D == 128 ? 4
+                                      : 16;  // unrolled further, the addresses would spill accumulators
 #pragma unroll together
   for (int i = 0; i < (rows * chunks + attention_threads - 1) / attention_threads; i++) {
     const int index = threadIdx.x + i * attention_threads, row = index / chunks, chunk = index % chunks;
@@ -113,6 +115,16 @@ int with_width(int dim, const F& f) {
   if (dim <= 96) return f(Width<96>{});
   if (dim <= 128) return f(Width<128>{});
   return f(Width<256>{});
+}
+
+// Scores stay as the products gave them, times the sign of the scale: differences of raw scores are exact where they
+// matter, those of scaled ones are off by the rounding of a large product. This is the factor of the differences in an
+// exponent of two; never 0, so that those with hidden scores stay minus infinity.
+__device__ __forceinline__ float exponent_scale(float scale) { return fmaxf(fabsf(scale) * log2e, 1e-37f); }
+
+// 2 ** ((score - base) * scale); 0 for hidden scores, of minus infinity.
+__device__ __forceinline__ float exponential(float score, float base, float scale) {
+  return exp2_approx((score - base) * scale);
 }
 
 // Lets a kernel use more than 48 KB of shared memory.

@@ -85,6 +85,40 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_in, const Tensor& dlse_in, const Tensor& q_in,
+                                                      const Tensor& k_in, const Tensor& v_in, const Tensor&,
+                                                      const Tensor&, int64_t window, double scale, bool causal,
+                                                      Maybe cu_q, Maybe cu_k, int64_t max_q, int64_t max_k) {
+  const Device device(q_in);
+  const Tensor q = aligned(q_in), k = aligned(k_in), v = aligned(v_in), dout = aligned(dout_in);
+  const Tensor dlse = torch::stable::contiguous(dlse_in);
+  const Dtype dtype = dtype_of(q);
+  STD_TORCH_CHECK(
+      dtype_of(dout) == dtype && dtype_of(k) == dtype && dtype_of(v) == dtype && dtype_of(dlse) == Dtype::f32,
+      "dout, q, k and v must be of one dtype, and dlse float32");
+  Tensor dq = device_empty(q.sizes(), dtype, q), dk = device_empty(k.sizes(), dtype, k);
+  Tensor dv = device_empty(v.sizes(), dtype, v);
+  const bool packed = q.dim() == 3;
+  if (!q.numel()) return {dq, torch::stable::zero_(dk), torch::stable::zero_(dv)};
+  const Tensor statistics = device_empty({3, dlse.numel()}, Dtype::f32, q);
+  const Tensor ends_q = packed ? torch::stable::contiguous(*cu_q) : q;
+  const Tensor ends_k = packed ? torch::stable::contiguous(*cu_k) : q;
+  cuda::AttentionBackward a = {};
+  a.dout = tokens_of(dout), a.q = tokens_of(q), a.k = tokens_of(k), a.v = tokens_of(v);
+  a.dlse = static_cast<const float*>(device_data(dlse));
+  a.statistics = static_cast<float*>(device_mutable_data(statistics));
+  a.dq = device_mutable_data(dq), a.dk = device_mutable_data(dk), a.dv = device_mutable_data(dv);
+  if (packed) a.cu_q = ends_of(ends_q), a.cu_k = ends_of(ends_k);
+  a.tokens = packed ? q.size(0) : q.size(0) * q.size(1);
+  a.sequences = static_cast<int>(packed ? ends_q.numel() - 1 : q.size(0));
+  a.heads = static_cast<int>(q.size(-2)), a.kv_heads = static_cast<int>(k.size(-2)),
+  a.dim = static_cast<int>(q.size(-1));
+  a.max_q = static_cast<int>(max_q), a.max_k = static_cast<int>(max_k), a.window = static_cast<int>(window);
+  a.dtype = dtype_index(q), a.scale = static_cast<float>(scale), a.causal = causal;
+  check_launch(mk_cuda_attention_backward(a, device.stream()), "attention_backward");
+  return {dq, dk, dv};
+}
+
 Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& lens_in,
                         int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t max_q,
                         bool batch_invariant) {
@@ -113,5 +147,6 @@ Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, MK_CUDA_KEY, m) {
   m.impl("attention_cuda", TORCH_BOX(&mk::attention));
+  m.impl("attention_backward_cuda", TORCH_BOX(&mk::attention_backward));
   m.impl("attention_cached_cuda", TORCH_BOX(&mk::attention_cached));
 }

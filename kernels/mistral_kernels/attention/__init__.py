@@ -37,6 +37,8 @@ _backward = Op(
     f" {_LENGTHS}) -> (Tensor, Tensor, Tensor)",
     eager=reference.attention_backward,
     fake=lambda dout, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    cuda=True,
+    cuda_supports=lambda dout, dlse, q, *_: cuda_supports(q),
 )
 
 
