@@ -42,7 +42,7 @@ class Calls(TorchDispatchMode):
 @torch.inference_mode()
 def flatness(model: Transformer, tokens: list[int], turns: int, sample: int) -> list[dict[str, float]]:
     """Milliseconds a token, and bytes of the cache, each time the position has doubled, from W to `turns` W."""
-    window = model.config.sliding_window
+    window = model.config.sliding_window or 0
     model.reserve_positions(turns * window + sample)
     cache = model.cache(1, turns * window + sample)
     ids, found, position = torch.tensor(tokens), [], window

@@ -26,7 +26,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def cuda_ops():
-    """The CUDA ops on CPU tensors, run from their own PTX with every access checked; nothing on a machine with a GPU."""
+    """The CUDA ops on CPU tensors, run from their own PTX, every access checked; nothing on a machine with a GPU."""
     if torch.cuda.is_available():
         return
     from ptx_on_cpu import missing, torch_ops
