@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-slow verify parity-docs ring-study lint format build clean
+.PHONY: help demo test test-slow finetune kill-test verify parity-docs ring-study lint format build clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,13 @@ test: build $(STAMPS)/sample ## every test
 
 test-slow: build $(STAMPS)/sample ## the long grids too
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q --slow
+
+finetune: build $(STAMPS)/sample ## LoRA, QLoRA and a small new model on Debian's documentation; the report goes to out/finetune/
+	PYTHONPATH=kernels:. $(BIN)/python scripts/debian_corpus.py out/corpus/debian.jsonl
+	PYTHONPATH=kernels:. $(BIN)/python scripts/finetune.py --out out/finetune
+
+kill-test: build ## kill -9 a training run at 30 random moments and resume it
+	$(BIN)/python -m pytest -q --slow tests/test_train.py -k thirty
 
 verify: build ## parity of every op and implementation on this machine
 	$(BIN)/python -m mistral_kernels.verify
