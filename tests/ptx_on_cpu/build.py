@@ -4,6 +4,7 @@ Everything lies under build/ptx_on_cpu of the repository, named by a hash of wha
 run builds nothing and processes that build at the same time do not disturb each other.
 """
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -11,7 +12,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -80,15 +82,20 @@ def cached(name: str, make, *parts: object) -> Path:
     if path.exists():
         return path
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        made = Path(folder) / f"made{suffix}"
-        make(made)
-        try:
-            os.replace(made, path)
-        except OSError:  # a folder that another process has made meanwhile
-            if not path.exists():
-                raise
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that makes the same is waited for
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                made = Path(folder) / f"made{suffix}"
+                make(made)
+                os.replace(made, path)
     return path
+
+
+def two_at_a_time(make: Callable[[Path], Path], sources: Sequence[Path]) -> list[Path]:
+    """The results in order. Compilers run two at a time: they take a gigabyte each."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(make, sources))
 
 
 def tree(folder: Path, *patterns: str) -> list[Path]:

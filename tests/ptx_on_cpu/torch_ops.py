@@ -18,10 +18,9 @@ def _bindings(includes: list[Path]) -> list[Path]:
     torch_include = Path(torch.__file__).parent / "include"
     flags = ["-std=c++20", "-DMK_CUDA_KEY=CPU", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-w"]
     flags += ["-isystem", str(torch_include)]
-    return [
-        build.compile_cpp(source, includes, flags, [*headers, build.RUNTIME / "api.h"])
-        for source in [*sources, CSRC / "torch/binding.cpp", build.HERE / "torch_device.cpp"]
-    ]
+    sources += [CSRC / "torch/binding.cpp", build.HERE / "torch_device.cpp"]
+    depends = [*headers, build.RUNTIME / "api.h"]
+    return build.two_at_a_time(lambda source: build.compile_cpp(source, includes, flags, depends), sources)
 
 
 @functools.cache
@@ -38,7 +37,8 @@ def load() -> None:
 
     runtime()
     includes = [CSRC, build.HERE]
-    folders = [build.compile_cu(source, [CSRC]) for source in build.tree(CSRC / "cuda", "*.cu")]
+    sources = build.tree(CSRC / "cuda", "*.cu")
+    folders = build.two_at_a_time(lambda source: build.compile_cu(source, [CSRC]), sources)
     for folder in folders:
         add_ptx((folder / "source.ptx").read_text())
     objects = [folder / "source.o" for folder in folders] + _bindings(includes)

@@ -8,6 +8,7 @@ from .ptx import Entry, Module, UnknownPtx, Variable
 
 REGISTER_TYPE = {"pred": "bool", "f32": "float", "f64": "double"}
 REGISTER_TYPE |= {f"{k}{n}": f"uint{n}_t" for k in "bus" for n in (16, 32, 64)}
+REGISTER_TYPE |= {"f16": "uint16_t", "bf16": "uint16_t", "f16x2": "uint32_t", "bf16x2": "uint32_t"}
 SPECIAL = {
     "%laneid": "me->lane",
     "%warpid": "me->warp",
