@@ -39,6 +39,9 @@ def test_a_run_writes_what_it_promises(tmp_path):
     assert [f.name for f in checkpoints.step_folders(out / "checkpoints")] == ["step-00000003", "step-00000004"]
     assert len(runs.losses(out)) == 4 and (out / "loss.png").stat().st_size > 1000
     assert summary["eval_loss"] < math.log(runs.VOCAB)
+    assert (
+        runs.run(tmp_path, steps=4, save_every=1, keep=2, export="hf", eval_every=2) == summary
+    )  # nothing is left to do
     exported = load_model(out / "export", dtype=torch.float32, progress=False)
     trained = Trainer(runs.settings(tmp_path, steps=4), World("cpu")).trainee.model
     for name, weight in trained.state_dict().items():

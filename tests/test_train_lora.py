@@ -239,3 +239,31 @@ def test_generation_takes_an_adapter(tmp_path, base, capsys, monkeypatch):
         assert generate.main([*how, "--device", "cpu", *extra]) == 0
         seen.append(capsys.readouterr().out)
     assert seen[0] != seen[1] == seen[2]
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_peft_on_a_patched_hugging_face_model(quantize):
+    """The patch keeps the projections that adapters sit on: loss and gradients are those of the unpatched model."""
+    from mistral_kernels.patch import patch
+
+    plain = tiny.model(vocab_size=runs.VOCAB, **WIDE)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    tokens = tiny.tokens(2, 19, vocab=runs.VOCAB)
+    found = []
+    for patched in (False, True):
+        model = hugging_face(plain)
+        if quantize:
+            pytest.importorskip("bitsandbytes")
+            adapters.quantize_nf4(model, names, torch.float32)
+        if patched:
+            patch(model)
+        made = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names, lora_dropout=0.0))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in (p for n, p in made.named_parameters() if "lora_" in n):
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        loss = made.train()(tokens, labels=tokens).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for n, p in made.named_parameters() if "lora_" in n)])
+    assert len(found[0]) == 1 + 2 * 7 * 3
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5 * max(1.0, theirs.abs().max().item()))

@@ -74,6 +74,9 @@ class Report:
 
         trainer = self.trainer
         summary = self.summary()
+        path = trainer.folder / "summary.json"
+        if not self.rows and path.is_file():  # the run was already at its end
+            summary = json.loads(path.read_text())
         if self.active:
             self.bar.close()
             for log in self.logs:
@@ -81,7 +84,7 @@ class Report:
             summary["plot"] = plot(trainer.folder / "loss.png", trainer.folder / "log.csv", trainer.folder.name)
         summary["exported"] = export(trainer)
         if self.active:
-            replace_text(trainer.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+            replace_text(path, json.dumps(summary, indent=1) + "\n")
         return summary
 
     def summary(self) -> dict[str, Any]:
