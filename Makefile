@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-slow finetune kill-test verify parity-docs ring-study lint format build clean
+.PHONY: help demo test test-slow finetune kill-test verify parity-docs ring-study lint format build clean fuzz mutants train-parity
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,15 @@ parity-docs: build ## docs/parity.md: what this machine can verify, beside what 
 
 ring-study: build $(STAMPS)/sample ## docs/ring_cache/: time and memory by position, int8 keys and values
 	$(BIN)/python -m bench.ring_study --out docs/ring_cache
+
+fuzz: build ## random shapes, strides, windows and lengths of every op, a thousand of each
+	TRITON_INTERPRET=1 MISTRAL_KERNELS_FUZZ=1000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+
+mutants: build ## plant bugs into copies of the kernels; every one must fail a test (docs/mutants.md)
+	$(BIN)/python scripts/mutants.py --json docs/mutants.json --markdown docs/mutants.md
+
+train-parity: build ## train a small model with eager and with fused ops; docs/training_parity.png
+	$(BIN)/python scripts/train_parity.py --json docs/training_parity.json --png docs/training_parity.png
 
 lint: $(STAMPS)/requirements ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
