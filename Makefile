@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-slow finetune kill-test verify parity-docs ring-study lint format build clean fuzz mutants train-parity
+.PHONY: help demo test test-slow sanitize finetune kill-test verify parity-docs ring-study lint format build clean fuzz mutants train-parity
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,15 @@ finetune: build $(STAMPS)/sample ## LoRA, QLoRA and a small new model on Debian'
 
 kill-test: build ## kill -9 a training run at 30 random moments and resume it
 	$(BIN)/python -m pytest -q --slow tests/test_train.py -k thirty
+
+SANITIZED := tests/test_cpu.py tests/test_cpu_attention.py tests/test_cpu_backward.py \
+	tests/test_cpu_attention_backward.py tests/test_linear.py tests/test_decode.py
+sanitize: build ## the tests of the C++ kernels under AddressSanitizer
+	$(BIN)/python setup.py -q build_ext --sanitize address --build-lib build/address --build-temp build/temp-address
+	tar -C kernels --exclude='*.so' --exclude=__pycache__ -cf - mistral_kernels | tar -C build/address -xf -
+	LD_PRELOAD=$$($(or $(CXX),g++) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -m pytest -x -q -p no:cacheprovider -o pythonpath="build/address . tests" \
+	-k "not compiled and not opcheck" $(SANITIZED)
 
 verify: build ## parity of every op and implementation on this machine
 	$(BIN)/python -m mistral_kernels.verify

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -91,11 +92,12 @@ def jobs() -> int:
     return max(1, min(wanted, int(memory / 1.5e9)))
 
 
-def ninja_rules(torch: Path, cuda: Path | None) -> list[str]:
+def ninja_rules(torch: Path, cuda: Path | None, sanitizer: str | None) -> list[str]:
+    sanitize = f"-fsanitize={sanitizer} -fno-omit-frame-pointer -g -O1" if sanitizer else ""
     runtime = f"-L{cuda_runtime(cuda)} -lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,ALL" if cuda else ""
     return [
         f"cxx = {compiler()}",
-        f"flags = {FLAGS} {WARNINGS} -I{ROOT / 'csrc'}",
+        f"flags = {FLAGS} {WARNINGS} -I{ROOT / 'csrc'} {sanitize}",
         f"torch = -DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {torch / 'include'}",
         "rule compile",
         "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
@@ -108,14 +110,14 @@ def ninja_rules(torch: Path, cuda: Path | None) -> list[str]:
         "  deps = gcc",
         "  description = $what",
         "rule link",
-        f"  command = $cxx -shared -o $out $in -L{torch / 'lib'} -ltorch_cpu {runtime}",
+        f"  command = $cxx {sanitize} -shared -o $out $in -L{torch / 'lib'} -ltorch_cpu {runtime}",
         "  description = link $out",
     ]
 
 
-def ninja_file(torch: Path, cuda: Path | None, folder: Path, output: Path) -> str:
+def ninja_file(torch: Path, cuda: Path | None, folder: Path, output: Path, sanitizer: str | None = None) -> str:
     tiers = X86_TIERS if platform.machine() in ("x86_64", "AMD64") else OTHER_TIERS
-    lines, objects = ninja_rules(torch, cuda), []
+    lines, objects = ninja_rules(torch, cuda, sanitizer), []
 
     def add(source: Path, name: str, extra: str, what: str, rule: str = "compile") -> None:
         objects.append(folder / f"{name}.o")
@@ -139,6 +141,15 @@ def ninja_file(torch: Path, cuda: Path | None, folder: Path, output: Path) -> st
 class BuildLibrary(build_ext):
     """Runs ninja where setuptools would run a compiler; the result lies in the package as data."""
 
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("sanitize=", None, "build with this sanitizer of g++'s, say address"),
+    ]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.sanitize = None
+
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
 
@@ -147,13 +158,13 @@ class BuildLibrary(build_ext):
         if reason is not None:
             self.warn(f"mistral_kernels is built WITHOUT its C++ kernels: {reason}")
             return
-        folder, torch, cuda = (ROOT / self.build_temp).resolve(), find_torch(), find_cuda()
-        if cuda is None:
+        folder, torch, cuda = (ROOT / self.build_temp).resolve(), find_torch(), None if self.sanitize else find_cuda()
+        if cuda is None and not self.sanitize:
             self.warn("mistral_kernels is built WITHOUT its CUDA C++ kernels: nvcc is not found (docs/cuda.md)")
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         for path in (folder, output.parent):
             path.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(torch, cuda, folder, output))
+        (folder / "build.ninja").write_text(ninja_file(torch, cuda, folder, output, self.sanitize))
         subprocess.run([find_ninja(), "-C", str(folder), f"-j{jobs()}"], check=True)
 
     def copy_extensions_to_source(self) -> None:
