@@ -52,6 +52,13 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t word) {
     return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
+// The compiler takes a store of computed words apart into four of 4 bytes; not so this one.
+__device__ __forceinline__ void store_quad(uint4* to, const uint4& words) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // V neighbouring elements of type T: whole groups of 16 bytes, or a single element.
 template <class T, int V>
 struct Pack {
@@ -65,7 +72,7 @@ struct Pack {
   }
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
-    for (int i = 0; i < quads; i++) reinterpret_cast<uint4*>(to)[i] = bits[i];
+    for (int i = 0; i < quads; i++) store_quad(reinterpret_cast<uint4*>(to) + i, bits[i]);
   }
   __device__ __forceinline__ void get(float (&values)[V]) const {
 #pragma unroll
