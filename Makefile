@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-slow sanitize finetune kill-test verify parity-docs ring-study lint format build clean fuzz mutants train-parity
+.PHONY: help demo test test-slow sanitize finetune kill-test verify parity-docs ring-study lint format build clean fuzz mutants train-parity bench performance-docs
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,13 @@ mutants: build ## plant bugs into copies of the kernels; every one must fail a t
 
 train-parity: build ## train a small model with eager and with fused ops; docs/training_parity.png
 	$(BIN)/python scripts/train_parity.py --json docs/training_parity.json --png docs/training_parity.png
+
+bench: build $(STAMPS)/sample ## every benchmark; JSON and plots go to out/bench/
+	$(BIN)/python -m bench all --out out/bench
+
+performance-docs: build $(STAMPS)/sample ## measure on this machine and write docs/performance.md
+	$(BIN)/python -m bench all --out docs/bench
+	$(BIN)/python -m bench docs
 
 lint: $(STAMPS)/requirements ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import torch
 import mistral_kernels
 from mistral_kernels import testing
 
-LIMITS = ("copy", "read", "gemm")
+LIMITS = ("copy", "read", "gemm", "call")
 TABLES = ("cos", "sin")
 
 
@@ -46,7 +46,8 @@ class Bench:
         case: names the op and makes its arguments.
         dtype: "bfloat16", "float32", …
         bytes, flops: the floor of one call.
-        limit: what bounds it: "copy" or "read" bandwidth, or "gemm", the rate of a large matrix product.
+        limit: what bounds it: "copy" or "read" bandwidth, or "gemm", the rate of a large matrix product, or
+            "call", the time of the smallest torch op.
         peers: from a device ("cpu", "cuda") to the candidates besides ours and eager.
         backward: time the gradients of all floating-point arguments, given those of the outputs.
         eager: False where eager PyTorch would take too much memory or time; parity then needs `slices`.

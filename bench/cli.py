@@ -25,6 +25,12 @@ COMMANDS = {
     "ops": ("rows", "memory-bound ops and the loss, forward and backward"),
     "attention": ("rows", "causal and sliding-window attention, scaling curves"),
     "decode": ("rows", "one token at a time over the ring cache"),
+    "train-step": ("train_step", "forward, backward and AdamW of a small model"),
+    "model": ("model", "prefill and decoding of SmolLM2-135M against Hugging Face and llama.cpp"),
+    "overhead": ("rows", "what a call costs on tiny tensors"),
+    "window": ("window", "time, memory, perplexity and retrieval against window and length"),
+    "all": ("everything", "every command, each in a process of its own"),
+    "docs": ("docs", "write docs/performance.md from docs/bench/*.json"),
     "gpu-report": ("gpu_report", "every GPU kernel's machine code, and a roofline model of it"),
 }
 
@@ -40,9 +46,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, (module, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         common(sub)
-        extra = getattr(importlib.import_module(f".{module}", __package__), "arguments", None)
-        if extra is not None:
-            extra(sub)
+        # Only the command's own module is imported: what one needs, others may lack.
+        if name in (sys.argv[1:] if argv is None else argv)[:1]:
+            getattr(importlib.import_module(f".{module}", __package__), "arguments", lambda sub: None)(sub)
     return parser.parse_args(argv)
 
 
@@ -136,6 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     facts = prepare(options)
     module = importlib.import_module(f".{COMMANDS[options.command][0]}", __package__)
     given = sys.argv[1:] if argv is None else argv
-    print("  ".join(f"{name} {value}" for name, value in facts.items()))
     run: Callable[..., dict[str, Any]] = module.run
+    if options.command in ("all", "docs"):
+        return int(run(options)["status"])
+    print("  ".join(f"{name} {value}" for name, value in facts.items()))
     return finish(options, dict(argv=["python", "-m", "bench", *given], machine=facts) | run(options))

@@ -59,6 +59,7 @@ class Limits:
         self.source = {
             "read": "probe.c" if device == "cpu" and _probe() is not None else "torch.sum",
             "copy": "probe.c, streaming stores" if device == "cpu" and _probe() is not None else "Tensor.copy_",
+            "call": "clone of eight floats",
             "gemm": f"torch.mm of {self.size} x {self.size} x {self.size}",
         }
 
@@ -73,7 +74,9 @@ class Limits:
         return [torch.randn(self.size, self.size, device=self.device).to(dtype) for _ in range(2)]
 
     def amount(self, kind: str) -> float:
-        """Bytes, read and written, or FLOPs of one call."""
+        """Bytes, read and written, or FLOPs of one call; 1 where the limit is a call itself."""
+        if kind == "call":
+            return 1.0
         if kind == "gemm":
             return 2.0 * self.size**3
         return float(self.bytes * (2 if kind == "copy" else 1))
@@ -84,8 +87,11 @@ class Limits:
             a, b = self._matrices(dtype)
             out = torch.empty_like(a)
             return lambda: torch.mm(a, b, out=out)
+        if kind == "call":
+            tiny = torch.zeros(8, device=self.device)
+            return lambda: tiny.clone()
         if kind not in ("read", "copy"):
-            raise ValueError(f"limit {kind!r} is not known; there are read, copy and gemm")
+            raise ValueError(f"limit {kind!r} is not known; there are read, copy, gemm and call")
         a, b = self._buffers
         probe = _probe() if self.device == "cpu" else None
         if probe is None:

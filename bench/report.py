@@ -30,6 +30,8 @@ def between(spread: dict[str, float]) -> str:
 
 
 def rate(row: Row) -> str:
+    if row.limit == "call":
+        return ""
     if row.limit == "gemm":
         return f"{row.rate / 1e9:.0f} GFLOP/s" if row.rate < 1e12 else f"{row.rate / 1e12:.3g} TFLOP/s"
     return f"{row.rate / 1e9:.3g} GB/s"
@@ -117,7 +119,7 @@ def csv_text(rows: Iterable[Row]) -> str:
     head = ("key", "candidate", "median_s", "low_s", "high_s", "rounds", "amount", "per", "error_share", "refused")
     writer.writerow(head)
     for row in rows:
-        unit = "FLOP" if row.limit == "gemm" else "byte"
+        unit = {"gemm": "FLOP", "call": "call"}.get(row.limit, "byte")
         if row.refused:
             writer.writerow((row.key, "ours", "", "", "", 0, row.amount, unit, row.parity.get("ours"), row.refused))
         for name, s in row.seconds.items():

