@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo test test-slow sanitize finetune kill-test verify parity-docs ring-study lint format build clean fuzz mutants train-parity bench performance-docs
 
 help: ## what there is to make
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 demo: build $(STAMPS)/sample ## run a real model on eager and on fused ops; the report goes to out/demo/
 	$(BIN)/python -m mistral.demo --out out/demo
@@ -64,6 +64,23 @@ bench: build $(STAMPS)/sample ## every benchmark; JSON and plots go to out/bench
 performance-docs: build $(STAMPS)/sample ## measure on this machine and write docs/performance.md
 	$(BIN)/python -m bench all --out docs/bench
 	$(BIN)/python -m bench docs
+
+# The oldest transformers that is supported, the newest that takes the published `kernels`, and the pinned one. Each
+# environment adds its transformers to the packages of .venv.
+TRANSFORMERS := 5.20.2+kernels==0.17.2 5.22.2+kernels==0.17.2 5.23.0
+HF_TESTS := tests/test_patch.py tests/test_patch_cache.py tests/test_patch_train.py tests/test_hub_kernels.py
+
+.PHONY: test-transformers
+test-transformers: build ## the Hugging Face tests on three versions of transformers
+	@for versions in $(TRANSFORMERS); do \
+	  folder=.venvs/transformers-$${versions%%+*}; \
+	  [ -d $$folder ] || $(BIN)/python -m venv --without-pip $$folder || exit 1; \
+	  packages=$$($$folder/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$packages/shared.pth; \
+	  echo "== transformers $$versions"; \
+	  $(PIP) --python $$folder/bin/python install -q --no-deps transformers==$${versions/+/ } || exit 1; \
+	  PYTHONPATH=kernels:. $$folder/bin/python -m pytest -q $(HF_TESTS) || exit 1; \
+	done
 
 lint: $(STAMPS)/requirements ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

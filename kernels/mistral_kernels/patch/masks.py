@@ -59,9 +59,8 @@ def _free(function: Any) -> dict[str, Any]:
 _AND = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 _PACKED = masking_utils.packed_sequence_mask_function(torch.zeros(1, 1)).__code__
-_REMAPPED = masking_utils.remap_positions_for_packed_sequence(
-    masking_utils.causal_mask_function, torch.zeros(1, 1)
-).__code__
+_REMAP = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # since transformers 5.23
+_REMAPPED = None if _REMAP is None else _REMAP(masking_utils.causal_mask_function, torch.zeros(1, 1)).__code__
 
 
 def read(function: Any) -> tuple[int, torch.Tensor | None] | None:
@@ -77,11 +76,14 @@ def read(function: Any) -> tuple[int, torch.Tensor | None] | None:
     if codes[0] is _WINDOW and parts[1] is masking_utils.causal_mask_function:
         window = _free(parts[0]).get("sliding_window")
         return None if not isinstance(window, int) or window < 1 else (window, None)
-    if codes == [_PACKED, _REMAPPED]:
-        inner = read(_free(parts[1]).get("mask_function"))
-        ids = _free(parts[0]).get("packed_sequence_mask")
-        return None if inner is None or inner[1] is not None or ids is None else (inner[0], ids)
-    return None
+    if codes[0] is _PACKED and codes[1] is not None and codes[1] is _REMAPPED:
+        return _packed(_free(parts[1]).get("mask_function"), parts[0])
+    return _packed(*parts) if codes[1] is _PACKED else None
+
+
+def _packed(within: Any, packed: Any) -> tuple[int, torch.Tensor | None] | None:
+    inner, ids = read(within), _free(packed).get("packed_sequence_mask")
+    return None if inner is None or inner[1] is not None or ids is None else (inner[0], ids)
 
 
 def _pattern(function: Any, plain: bool, kwargs: dict[str, Any]) -> tuple[int, torch.Tensor | None] | None:

@@ -79,9 +79,18 @@ def _wanted(ops: Iterable[str] | str | None) -> frozenset[str]:
     return frozenset(chosen)
 
 
+def _function(made: Any) -> Any:
+    """The function that the package `kernels`, where installed, wraps into a module to make it replaceable."""
+    if not isinstance(made, nn.Module):
+        return made
+    forward: Any = type(made).forward
+    captured = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    return captured["func"].cell_contents if "func" in captured else made
+
+
 def _known_rope(module: Any) -> str | None:
     """Why `apply_rotary_pos_emb` of a modeling file cannot be replaced, or None."""
-    apply = getattr(module, "apply_rotary_pos_emb", None)
+    apply = _function(getattr(module, "apply_rotary_pos_emb", None))
     if apply is None:
         return "its module has no apply_rotary_pos_emb"
     if not sources.same(apply, sources.ROPE) or not sources.same(

@@ -1,0 +1,114 @@
+"""Training patched models: the Trainer, LoRA, FSDP2, accelerate's hooks, Liger's flags."""
+
+import socket
+
+import pytest
+import torch
+from test_patch import make, run, tokens
+
+from mistral_kernels.patch import AutoKernelsForCausalLM, apply_kernels, patch, unpatch
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def curve(model, folder, steps: int) -> list[float]:
+    pytest.importorskip("accelerate", reason="the Trainer needs it: pip install mistral-kernels[hf]")
+    rows = [dict(input_ids=(t := tokens(1, seed=n % 2)[0]), labels=t) for n in range(64)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1e-2, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", seed=0,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def lora(model):
+    peft = pytest.importorskip("peft", reason="pip install mistral-kernels[hf]")
+    torch.manual_seed(0)
+    targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("steps", [8, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("adapt", [False, True])
+def test_trainer(adapt, steps, tmp_path):
+    wrap = lora if adapt else (lambda model: model)
+    expected = curve(wrap(make()), tmp_path, steps)
+    model = wrap(make())
+    report = patch(model)
+    assert len(set(report.replaced.values())) == 6, str(report)
+    found = curve(model, tmp_path, steps)
+    assert len(found) == steps and expected[-1] < expected[0]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=2e-3, rtol=0)
+
+
+def test_lora_before_and_after():
+    ids = tokens()
+    before, after = make(), lora(make())
+    patch(before)
+    before = lora(before)
+    patch(after)
+    torch.testing.assert_close(before(ids).logits, after(ids).logits)
+    unpatch(after)
+    assert torch.equal(after(ids).logits, lora(make())(ids).logits)
+
+
+def test_accelerate_hooks():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, ids = make(), tokens()
+    expected = run(model, ids)
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    report = patch(model)
+    assert len(report.replaced) > 10 and not report.left
+    for name, value in run(model, ids).items():
+        torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-3, msg=name)
+    unpatch(model)
+    assert all(torch.equal(value, expected[name]) for name, value in run(model, ids).items())
+
+
+@pytest.fixture
+def process_group():
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no distributed")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["patch", "shard"])
+@pytest.mark.parametrize("norms", [False, True])
+def test_fully_shard(process_group, first, norms):
+    from torch.distributed.fsdp import fully_shard
+
+    model, ids = make(), tokens()
+    expected = run(model, ids)
+    if first == "patch":
+        patch(model)
+    for layer in model.model.layers:
+        if norms:
+            fully_shard(layer.post_attention_layernorm, mesh=process_group)
+        fully_shard(layer, mesh=process_group)
+    fully_shard(model, mesh=process_group)
+    if first == "shard":
+        report = patch(model)
+        assert len(set(report.replaced.values())) == 6, str(report)
+    found = run(model, ids)
+    for name, value in expected.items():
+        got = found[name].full_tensor() if hasattr(found[name], "full_tensor") else found[name]
+        torch.testing.assert_close(got, value, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_flags():
+    report = apply_kernels(make(), rms_norm=False, fused_linear_cross_entropy=False)
+    assert set(report.replaced.values()) == {"rope", "swiglu", "attention"}
+    with pytest.raises(ValueError, match="cross_entropy is True"):
+        apply_kernels(make(), cross_entropy=True)
+    model = AutoKernelsForCausalLM.from_config(make().config, swiglu=False)
+    assert "swiglu" in patch(model).replaced.values()
+    assert model.config._attn_implementation == "mistral_kernels"
