@@ -39,6 +39,8 @@ _backward = Op(
     fake=lambda dout, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
     cuda=True,
     cuda_supports=lambda dout, dlse, q, *_: cuda_supports(q),
+    triton="attention.triton_backward_launch:attention_backward",
+    triton_supports=_triton_supports,
 )
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import _tuned
 from .triton_blocks import (
     LOG2E,
     Config,
@@ -216,9 +217,9 @@ def production_config(device_family: int, dim: int, itemsize: int) -> Config:
 
 
 def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Config:
-    """The production config; with pointers where TMA cannot read k and v."""
+    """The config tuned on this GPU, or the production config; with pointers where TMA cannot read k and v."""
     case = (family(q.device), q.shape[-1], q.element_size())
-    config = production_config(*case)
+    config = _tuned.lookup("attention_forward", q.device, *case[1:]) or production_config(*case)
     return config if not config.tma or describable(k, v) else without_tma(*case)
 
 

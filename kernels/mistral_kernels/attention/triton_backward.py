@@ -1,0 +1,353 @@
+"""The gradients of sliding-window attention in Triton (Dao 2023, algorithm 2), without atomics: dq, then dk and dv.
+
+The probabilities are computed again from the lse of the forward. With P = exp(scale · S − lse), dP = dO Vᵀ and
+delta = rowsum(dO ∘ O) − dlse: dS = P ∘ (dP − delta), dQ = scale · dS K, dK = scale · dSᵀ Q, dV = Pᵀ dO. P and dS are
+rounded to the dtype before their products.
+
+Float32 gradients would show what O and lse were rounded by, where dS nearly cancels: for them (EXACT) the dq kernel
+first sums P and P ∘ dP over the keys again, and takes these for the denominator and for delta.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_blocks import LOG2E, load_keys, load_rows, product
+
+
+@triton.jit
+def locate(CuQ, b, h, H, S, T, PACKED: tl.constexpr):
+    """A sequence's first token (of all), its length, and where its head's rows start in lse."""
+    q0 = b * S
+    row = (b * H + h) * S
+    if PACKED:
+        q0 = tl.cast(tl.load(CuQ + b), tl.int64)
+        S = tl.load(CuQ + b + 1) - tl.load(CuQ + b)
+        row = h * T + q0
+    return q0, S, row
+
+
+@triton.jit
+def batch(b, first, s_b, s_m, PACKED: tl.constexpr):
+    """The offset of a sequence's first token."""
+    if PACKED:
+        offset = first * s_m
+    else:
+        offset = b * s_b
+    return offset
+
+
+@triton.jit
+def probabilities(scores, lse2, distance, scale2, W, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """exp2(scale2 · scores − lse2), 0 where the distance from key to query is outside the window."""
+    p = tl.math.exp2(scores * scale2 - lse2)
+    if MASKED:
+        if CAUSAL:
+            seen = distance >= 0
+            if WINDOW:
+                seen = seen & (distance < W)
+        else:
+            seen = distance > 0
+        p = tl.where(seen, p, 0.0)
+    return p
+
+
+@triton.jit
+def chunked_products(a, c, a_live, b, d, b_live, D: tl.constexpr, DP: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr):
+    """A Bᵀ and C Dᵀ of float32 rows, given the pointers to the rows: 32 columns at a time, added up chunk by chunk.
+
+    One chain over a long head would round further off than eager's BLAS, and whole rows do not fit in registers.
+    """
+    ab = tl.zeros([BA, BB], tl.float32)
+    cd = tl.zeros([BA, BB], tl.float32)
+    width: tl.constexpr = min(32, DP)
+    for first in tl.range(0, DP, width):
+        columns = (first + tl.arange(0, width))[None, :]
+        a_mask = a_live[:, None] & (columns < D)
+        b_mask = b_live[:, None] & (columns < D)
+        rows = tl.load(b[:, None] + columns, mask=b_mask, other=0.0)
+        ab += tl.dot(tl.load(a[:, None] + columns, mask=a_mask, other=0.0), tl.trans(rows), input_precision="ieee")
+        rows = tl.load(d[:, None] + columns, mask=b_mask, other=0.0)
+        cd += tl.dot(tl.load(c[:, None] + columns, mask=a_mask, other=0.0), tl.trans(rows), input_precision="ieee")
+    return ab, cd
+
+
+@triton.jit
+def _score_block(
+    q, dout, live, lse2, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """P and dP of one block of keys, and the keys. q and dout are tiles or, with EXACT, pointers to their live rows."""
+    k = load_keys(k_ptr, k_desc, start, end, s_kn, D, DP, BN, TMA, not MASKED)
+    keys = start + tl.arange(0, BN)
+    if EXACT:
+        at = keys.to(tl.int64)
+        scores, dp = chunked_products(q, dout, live, k_ptr + at * s_kn, v_ptr + at * s_vn, keys < end, D, DP, BM, BN)
+    else:
+        v = load_keys(v_ptr, v_desc, start, end, s_vn, D, DP, BN, TMA, not MASKED)
+        scores = product(q, k)
+        dp = product(dout, v)
+    if CAUSAL:
+        distance = (position + tl.arange(0, BM))[:, None] - keys[None, :]
+    else:
+        distance = (end - keys)[None, :]
+    return probabilities(scores, lse2[:, None], distance, scale2, W, MASKED, CAUSAL, WINDOW), dp, k
+
+
+@triton.jit
+def _dq_block(
+    dq, q, dout, live, lse2, delta, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    p, dp, k = _score_block(
+        q, dout, live, lse2, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
+        D, DP, BM, BN, TMA, MASKED, EXACT, CAUSAL, WINDOW,
+    )  # fmt: skip
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["S", "Sk", "W", "T", "blocks"])
+def attention_dq(
+    Q, K, V, DOut, Out, Lse, DLse, Lse2, Delta, DQ, CuQ, CuK, scale,
+    s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_db, s_dm, s_dh, s_ob, s_om, s_oh, H, G, S, Sk, W, T, blocks,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One program: BM queries of one head, in the order of the forward. Writes, for dk and dv, delta and lse in base 2,
+    +inf where no key was seen, so that P is 0 there."""
+    rest = tl.program_id(0) // G
+    first_row = (blocks - 1 - rest % blocks) * BM
+    kv_head = tl.cast((rest // blocks) % (H // G), tl.int64)
+    b = tl.cast(rest // blocks // (H // G), tl.int64)
+    h = kv_head * G + tl.program_id(0) % G
+    q0, S, row = locate(CuQ, b, h, H, S, T, PACKED)
+    k0, Sk, _ = locate(CuK, b, kv_head, H, Sk, T, PACKED)
+    if first_row >= S:
+        return
+    K += batch(b, k0, s_kb, s_kn, PACKED) + kv_head * s_kh
+    V += batch(b, k0, s_vb, s_vn, PACKED) + kv_head * s_vh
+    rows = tl.arange(0, BM)
+    columns = tl.arange(0, DP)
+    live = first_row + rows < S
+    start = tl.cast(first_row, tl.int64)
+    shift = Sk - S
+    position = first_row + shift
+
+    # As in the forward: keys lo..hi are seen by some query of the tile, those of full_lo..full_hi by all of them.
+    last = tl.minimum(first_row + BM, S) - 1 + shift
+    lo = 0
+    full_lo = 0
+    if CAUSAL:
+        hi = last + 1
+        full_hi = tl.maximum(position + 1, 0) // BN * BN
+    else:
+        hi = Sk
+        full_hi = Sk // BN * BN
+    if WINDOW:
+        lo = tl.maximum(position - W + 1, 0) // BN * BN
+        full_lo = (tl.maximum(last - W + 1, 0) + BN - 1) // BN * BN
+    full_hi = tl.maximum(full_hi, lo)
+    full_lo = tl.minimum(tl.maximum(full_lo, lo), full_hi)
+
+    q_ptr = Q + batch(b, q0, s_qb, s_qm, PACKED) + h * s_qh + start * s_qm
+    d_ptr = DOut + batch(b, q0, s_db, s_dm, PACKED) + h * s_dh + start * s_dm
+    at = row + first_row + rows
+    lse = tl.load(Lse + at, mask=live, other=float("-inf"))
+    dlse = tl.load(DLse + at, mask=live, other=0.0)
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    scale = tl.cast(scale, tl.float32)
+    scale2 = scale * LOG2E
+    k_desc = 0
+    v_desc = 0
+    if TMA:
+        k_desc = tl.make_tensor_descriptor(K, [Sk, D], [s_kn, 1], [BN, DP])
+        v_desc = tl.make_tensor_descriptor(V, [Sk, D], [s_vn, 1], [BN, DP])
+    if EXACT:
+        q = q_ptr + rows * s_qm
+        dout = d_ptr + rows * s_dm
+        den = tl.zeros([BM], tl.float32)
+        delta = tl.zeros([BM], tl.float32)
+        for n in tl.range(lo, hi, BN, num_stages=STAGES):
+            p, dp, _k = _score_block(
+                q, dout, live, lse2, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+                D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
+            )  # fmt: skip
+            den += tl.sum(p, 1)
+            delta += tl.sum(p * dp, 1)
+        den = tl.where(den == 0.0, 1.0, den)
+        lse2 += tl.log2(den)
+        delta = tl.div_rn(delta, den) - dlse
+        full_lo = lo
+        full_hi = lo
+    else:
+        q = load_rows(q_ptr + (rows[:, None] * s_qm + columns[None, :]), live, columns, D, DP, False)
+        dout = load_rows(d_ptr + (rows[:, None] * s_dm + columns[None, :]), live, columns, D, DP, False)
+        o_ptr = Out + batch(b, q0, s_ob, s_om, PACKED) + h * s_oh + start * s_om
+        o = load_rows(o_ptr + (rows[:, None] * s_om + columns[None, :]), live, columns, D, DP, False)
+        delta = tl.sum(o.to(tl.float32) * dout.to(tl.float32), 1) - dlse
+    tl.store(Lse2 + at, lse2, mask=live)
+    tl.store(Delta + at, delta, mask=live)
+    dq = tl.zeros([BM, DP], tl.float32)
+    if WINDOW and not EXACT:
+        for n in tl.range(lo, full_lo, BN, num_stages=STAGES):
+            dq = _dq_block(
+                dq, q, dout, live, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+                D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
+            )  # fmt: skip
+    if not EXACT:
+        for n in tl.range(full_lo, full_hi, BN, num_stages=STAGES):
+            dq = _dq_block(
+                dq, q, dout, live, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+                D, DP, BM, BN, TMA, False, EXACT, CAUSAL, WINDOW,
+            )  # fmt: skip
+    for n in tl.range(full_hi, hi, BN, num_stages=STAGES):
+        dq = _dq_block(
+            dq, q, dout, live, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+            D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
+        )  # fmt: skip
+    out = DQ + ((q0 + first_row) * H + h) * D + (rows[:, None] * (H * D) + columns[None, :])
+    tl.store(out, (dq * scale).to(DQ.dtype.element_ty), mask=live[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def load_queries(
+    pointer, descriptor, h, start, end, s_m, s_h, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Rows start..start+BM of head h, which `load_keys` cannot choose: the descriptor is that of all heads."""
+    if TMA:
+        tile = descriptor.load([start, h, 0]).reshape([BM, DP])
+    else:
+        rows = tl.arange(0, BM)
+        columns = tl.arange(0, DP)
+        base = pointer + tl.cast(h, tl.int64) * s_h + tl.cast(start, tl.int64) * s_m
+        tile = load_rows(base + (rows[:, None] * s_m + columns[None, :]), start + rows < end, columns, D, DP, EVEN)
+    return tile
+
+
+@triton.jit
+def _dkv_blocks(
+    dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Lse2, Delta, first, count, h0, row, row_h, n0, S, shift, scale2, W,
+    s_qm, s_qh, s_dm, s_dh, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """`count` blocks of queries of each of the group's heads, in one loop: so its pipeline fills once.
+
+    Sᵀ = K Qᵀ, so that Pᵀ and dSᵀ are left operands and stay in registers. k and v are tiles or, with EXACT, pointers to
+    their live rows.
+    """
+    rows = tl.arange(0, BM)
+    for t in tl.range(0, count * G, num_stages=STAGES):
+        g = t // count
+        m = first + (t - g * count) * BM
+        q = load_queries(Q, q_desc, h0 + g, m, S, s_qm, s_qh, D, DP, BM, TMA, not MASKED)
+        dout = load_queries(DOut, d_desc, h0 + g, m, S, s_dm, s_dh, D, DP, BM, TMA, not MASKED)
+        at = row + tl.cast(h0 + g, tl.int64) * row_h + m + rows
+        if MASKED:
+            lse2 = tl.load(Lse2 + at, mask=m + rows < S, other=float("inf"))
+            delta = tl.load(Delta + at, mask=m + rows < S, other=0.0)
+        else:
+            lse2 = tl.load(Lse2 + at)
+            delta = tl.load(Delta + at)
+        if EXACT:
+            h = tl.cast(h0 + g, tl.int64)
+            q_rows = Q + h * s_qh + (m + rows).to(tl.int64) * s_qm
+            d_rows = DOut + h * s_dh + (m + rows).to(tl.int64) * s_dm
+            scores, dp = chunked_products(k, v, live, q_rows, d_rows, m + rows < S, D, DP, BN, BM)
+        else:
+            scores = product(k, q)
+            dp = product(v, dout)
+        distance = (m + shift + rows)[None, :] - (n0 + tl.arange(0, BN))[:, None]
+        p = probabilities(scores, lse2[None, :], distance, scale2, W, MASKED and CAUSAL, CAUSAL, WINDOW)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["S", "Sk", "W", "T", "blocks"])
+def attention_dkv(
+    Q, K, V, DOut, Lse2, Delta, DK, DV, CuQ, CuK, scale,
+    s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_db, s_dm, s_dh, H, S, Sk, W, T, blocks,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One program: BN keys of one head, and all heads of queries that share it."""
+    n0 = tl.program_id(0) % blocks * BN
+    heads = H // G
+    kv_head = tl.cast(tl.program_id(0) // blocks % heads, tl.int64)
+    b = tl.cast(tl.program_id(0) // blocks // heads, tl.int64)
+    row_h = S
+    if PACKED:
+        row_h = T
+    q0, S, row = locate(CuQ, b, 0, H, S, T, PACKED)
+    k0, Sk, _ = locate(CuK, b, 0, H, Sk, T, PACKED)
+    if n0 >= Sk:
+        return
+    Q += batch(b, q0, s_qb, s_qm, PACKED)
+    DOut += batch(b, q0, s_db, s_dm, PACKED)
+    keys = tl.arange(0, BN)
+    columns = tl.arange(0, DP)
+    live = n0 + keys < Sk
+    start = tl.cast(n0, tl.int64)
+    k_ptr = K + batch(b, k0, s_kb, s_kn, PACKED) + kv_head * s_kh + start * s_kn
+    v_ptr = V + batch(b, k0, s_vb, s_vn, PACKED) + kv_head * s_vh + start * s_vn
+    if EXACT:
+        k = k_ptr + keys * s_kn
+        v = v_ptr + keys * s_vn
+    else:
+        k = load_rows(k_ptr + (keys[:, None] * s_kn + columns[None, :]), live, columns, D, DP, False)
+        v = load_rows(v_ptr + (keys[:, None] * s_vn + columns[None, :]), live, columns, D, DP, False)
+    q_desc = 0
+    d_desc = 0
+    if TMA:
+        q_desc = tl.make_tensor_descriptor(Q, [S, H, D], [s_qm, s_qh, 1], [BM, 1, DP])
+        d_desc = tl.make_tensor_descriptor(DOut, [S, H, D], [s_dm, s_dh, 1], [BM, 1, DP])
+
+    # Queries lo..hi see some key of the tile, those of full_lo..full_hi all of them. Rows past the last key of the
+    # sequence are never stored, so that they need no mask.
+    shift = Sk - S
+    last = tl.minimum(n0 + BN, Sk) - 1
+    lo = 0
+    full_lo = 0
+    hi = S
+    full_hi = S // BM * BM
+    if CAUSAL:
+        lo = tl.maximum(n0 - shift, 0) // BM * BM
+        full_lo = (tl.maximum(last - shift, 0) + BM - 1) // BM * BM
+    if WINDOW:
+        hi = tl.maximum(tl.minimum(last - shift + W, S), 0)
+        full_hi = tl.minimum(tl.maximum(n0 - shift + W, 0), S) // BM * BM
+    end = tl.maximum((hi + BM - 1) // BM * BM, lo)
+    full_lo = tl.minimum(full_lo, end)
+    full_hi = tl.minimum(tl.maximum(full_hi, full_lo), end)
+    if EXACT:
+        full_hi = lo
+
+    h0 = tl.cast(kv_head, tl.int32) * G
+    scale = tl.cast(scale, tl.float32)
+    scale2 = scale * LOG2E
+    dk = tl.zeros([BN, DP], tl.float32)
+    dv = tl.zeros([BN, DP], tl.float32)
+    if CAUSAL and not EXACT:
+        dk, dv = _dkv_blocks(
+            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Lse2, Delta, lo, (full_lo - lo) // BM, h0, row, row_h, n0, S,
+            shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL, WINDOW,
+        )  # fmt: skip
+    if not EXACT:
+        dk, dv = _dkv_blocks(
+            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Lse2, Delta, full_lo, (full_hi - full_lo) // BM, h0, row,
+            row_h, n0, S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, False, EXACT,
+            CAUSAL, WINDOW,
+        )  # fmt: skip
+    dk, dv = _dkv_blocks(
+        dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Lse2, Delta, full_hi, (end - full_hi) // BM, h0, row, row_h, n0, S,
+        shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL, WINDOW,
+    )  # fmt: skip
+    at = ((k0 + n0) * heads + kv_head) * D + (keys[:, None] * (heads * D) + columns[None, :])
+    mask = live[:, None] & (columns < D)[None, :]
+    tl.store(DK + at, (dk * scale).to(DK.dtype.element_ty), mask=mask)
+    tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=mask)
