@@ -233,7 +233,8 @@ def option(name: str, value: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def planted(site: int, fault: str) -> Iterator[None]:
-    """Makes the instruction at a site go wrong for a while; see mutate.py for which fault fits which."""
+    """Makes the instruction at a site go wrong for a while: barriers and copies `skip`, waits `wait_one_less`,
+    copies `whole_copy`, mma `swap`, matrix loads `flip`."""
     runtime().emu_plant(site, PLANTS.index(fault))
     try:
         yield

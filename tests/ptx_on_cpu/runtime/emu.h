@@ -55,7 +55,7 @@ struct Kernel {
   } const* constants;  // module-scope variables; the last has a null address
 };
 
-// Faults put into a run: the instruction at one line goes wrong. See mutate.py.
+// Faults put into a run: the instruction at one line goes wrong.
 enum class Plant : int { none, skip, wait_one_less, whole_copy, swap, flip };
 
 extern Fiber* current;
