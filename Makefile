@@ -82,6 +82,17 @@ test-transformers: build ## the Hugging Face tests on three versions of transfor
 	  PYTHONPATH=kernels:. $$folder/bin/python -m pytest -q $(HF_TESTS) || exit 1; \
 	done
 
+# The other packages are those of .venv; only Triton is the environment's own.
+.PHONY: aot-triton36
+aot-triton36: build ## the ahead-of-time tests with Triton 3.6
+	@folder=.venvs/triton-3.6; \
+	[ -d $$folder ] || $(BIN)/python -m venv --without-pip $$folder || exit 1; \
+	packages=$$($$folder/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$packages/shared.pth; \
+	$(PIP) --python $$folder/bin/python install -q --no-deps triton==3.6.0 || exit 1; \
+	$$folder/bin/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__file__' || exit 1; \
+	PYTHONPATH=kernels:. $$folder/bin/python -m pytest -q tests/test_triton_aot.py
+
 lint: $(STAMPS)/requirements ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
