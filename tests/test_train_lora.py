@@ -174,13 +174,13 @@ def test_processes_agree_on_adapters(tmp_path, base):
     pytest.importorskip("bitsandbytes")
     from test_train_parallel import launch
 
-    how = dict(shape={}, model=base, window="config", lora_rank=4, precision="bfloat16", steps=4)
+    how = dict(shape={}, model=base, window="config", lora_rank=4, precision="float32", steps=4)
     kinds = {"none": how, "nf4": how | dict(quantize="nf4")}
     launch(tmp_path, 2, [dict(made, out=f"{tmp_path}/{name}-many") for name, made in kinds.items()])
     for name, made in kinds.items():
         runs.run(tmp_path, out=f"{tmp_path}/{name}-one", **made)
         one, many = ([float(x) for x in runs.losses(tmp_path / f"{name}-{n}")] for n in ("one", "many"))
-        assert many == pytest.approx(one, rel=2e-4), name
+        assert many == pytest.approx(one, rel=2e-6), name
 
 
 # ---- errors ----

@@ -30,9 +30,6 @@ SMALL = {
     "wide keys": Config(16, 32, 4, 1, tma=True),
 }
 
-# Scores of hundreds lose digits of P beside an lse in base 2; in 16 bits delta shows the rounding of the output.
-ROUNDS = pytest.mark.xfail(reason="over the budget of the parity rule", strict=False)
-
 
 def parity(case, dtype, kind="gaussian"):
     """The parity rule for each gradient; the outputs have theirs in the tests of the forward."""
@@ -123,35 +120,42 @@ def test_not_causal(tiles):
         parity(attention_case(1, queries, keys, 2, 1, 16, causal=False), torch.float16)
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(1, 1), (2, 2), (6, 2), (4, 1), (7, 1), pytest.param(8, 1, marks=ROUNDS)])
+@pytest.mark.parametrize("heads,kv_heads", [(1, 1), (2, 2), (6, 2), (4, 1), (7, 1), (8, 1)])
 def test_groups(heads, kv_heads):
     for dtype in DTYPES:
         parity(attention_case(1, 17, 17, heads, kv_heads, 16, window=9), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [5, 192, 200])
+@pytest.mark.parametrize("dim", [1, 5, 8, 32, 192, 200])
 def test_head_dimensions(dim, dtype):
     parity(attention_case(2, 33, 33, 6, 2, dim, window=16), dtype)
 
 
 @pytest.mark.parametrize("tiles", ["pointers", "wide rows"], indirect=True)
-@pytest.mark.parametrize("kind", ["one_hot", pytest.param("ramp", marks=ROUNDS), pytest.param("large", marks=ROUNDS)])
+@pytest.mark.parametrize("kind", ["one_hot", "ramp", "large"])
 def test_kinds(kind, tiles):
-    for dtype in DTYPES:
+    for dtype in DTYPES if kind != "ramp" else DTYPES[:1]:
         parity(attention_case(1, 50, 70, 1, 1, 16, window=33), dtype, kind=kind)
-    parity(packed_attention_case([(30, 47), (0, 0), (4, 1)], 2, 1, 16, window=20), torch.float16, kind=kind)
+        parity(packed_attention_case([(30, 47), (0, 0), (4, 1)], 2, 1, 16, window=20), dtype, kind=kind)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.3, pytest.param(2.0, marks=ROUNDS)])
+@pytest.mark.xfail(reason="delta, from the rounded output, shows that rounding where dS all but cancels", strict=True)
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's figures are meant")
+def test_a_smooth_input_in_float16():
+    parity(attention_case(1, 50, 70, 1, 1, 16, window=33), torch.float16, kind="ramp")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
 def test_scales(scale):
     _, _, q, k, v, *_ = inputs(20, 20, dtype=torch.float32)
-    found = {}
-    for impl in ("triton", "reference"):
-        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    found = []
+    for impl, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
         mistral_kernels.attention(*leaves, scale=scale, impl=impl).square().sum().backward()
-        found[impl] = [t.grad for t in leaves]
-    torch.testing.assert_close(*found.values(), rtol=1e-5, atol=1e-5)
+        found.append([t.grad for t in leaves])
+    for ours, eager, truth in zip(*found, strict=True):
+        assert testing.compare("gradient", ours, eager, truth).max_ratio <= 1
 
 
 @pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)

@@ -103,6 +103,14 @@ def _supports_any(*args: Any) -> str | None:
     return None
 
 
+def _never(*args: Any) -> bool:
+    return False
+
+
+def always(*args: Any) -> bool:
+    return True
+
+
 class Op:
     """One registered torch op with the implementations behind it.
 
@@ -114,6 +122,8 @@ class Op:
         triton: "module:function" of the Triton launcher below this package, imported when first called.
         triton_supports: returns why Triton cannot do these arguments, or None.
         cuda: whether the op is written in CUDA C++.
+        cuda_first: whether for these arguments the automatic choice on a GPU is CUDA C++ before Triton, where both
+            can: a launch by Triton, from Python, takes longer than a short kernel (docs/gpu.md has both).
         cuda_supports: returns why that cannot do these arguments, or None.
         flash, flash_supports: functions of `attention.flash`: the op by flash-attn, called as it is, so that autograd
             sees flash-attn's own operators; and why that cannot do these arguments, or None.
@@ -131,6 +141,7 @@ class Op:
         triton: str | None = None,
         triton_supports: Callable[..., str | None] = _supports_any,
         cuda: bool = False,
+        cuda_first: Callable[..., bool] = _never,
         cuda_supports: Callable[..., str | None] = _supports_any,
         flash: str | None = None,
         flash_supports: str = "supports",
@@ -143,7 +154,7 @@ class Op:
         self._torch = self.eager if composite is None else _contiguous(composite)
         self._fake, self._setup_context, self._backward = fake, setup_context, backward
         self._triton_path, self._triton_supports = triton, triton_supports
-        self._cuda_supports = cuda_supports
+        self._cuda_first, self._cuda_supports = cuda_first, cuda_supports
         self._flash, self._flash_supports = flash, flash_supports
         self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
@@ -211,10 +222,11 @@ class Op:
         return reason
 
     def _run_on_gpu(self, *args: Any) -> Any:
-        if self._triton_reason(args) is None:
-            return self._run_triton(*args)
-        run = self._cuda if self._cuda is not None and self._cuda_reason(args) is None else self._torch
-        return run(*args)
+        choices = [(self._triton_reason, self._run_triton), (self._cuda_reason, self._cuda)]
+        for reason, run in reversed(choices) if self._cuda_first(*args) else choices:
+            if reason(args) is None:
+                return run(*args)  # type: ignore[misc]
+        return self._torch(*args)
 
     def like_forward(self, impl: str | None, *args: Any) -> Any:
         """This op, a backward, in the implementation that its forward ran in; where that cannot, the automatic one."""

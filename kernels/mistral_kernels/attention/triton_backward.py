@@ -5,7 +5,8 @@ delta = rowsum(dO ∘ O) − dlse: dS = P ∘ (dP − delta), dQ = scale · dS K
 rounded to the dtype before their products.
 
 Float32 gradients would show what O and lse were rounded by, where dS nearly cancels: for them (EXACT) the dq kernel
-first sums P and P ∘ dP over the keys again, and takes these for the denominator and for delta.
+first sums P and P ∘ dP over the keys again, and takes these for the denominator and for delta. P is then
+exp(scale · (S − top)) / denominator: a large score loses no digits beside its own row's largest.
 """
 
 import triton
@@ -37,18 +38,63 @@ def batch(b, first, s_b, s_m, PACKED: tl.constexpr):
 
 
 @triton.jit
-def probabilities(scores, lse2, distance, scale2, W, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """exp2(scale2 · scores − lse2), 0 where the distance from key to query is outside the window."""
-    p = tl.math.exp2(scores * scale2 - lse2)
+def visible(distance, W, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether the distance from key to query is inside the window; without causal order, from key to the end."""
+    if CAUSAL:
+        seen = distance >= 0
+        if WINDOW:
+            seen = seen & (distance < W)
+    else:
+        seen = distance > 0
+    return seen
+
+
+@triton.jit
+def probabilities(
+    scores, top, lse2, distance, scale2, W,
+    MASKED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """exp2(scale2 · scores − lse2), or with EXACT exp2(scale2 · (scores − top)) · lse2, which is then the reciprocal of
+    the denominator; 0 where a key is not seen."""
+    if EXACT:
+        p = tl.math.exp2((scores - top) * scale2) * lse2
+    else:
+        p = tl.math.exp2(scores * scale2 - lse2)
     if MASKED:
-        if CAUSAL:
-            seen = distance >= 0
-            if WINDOW:
-                seen = seen & (distance < W)
-        else:
-            seen = distance > 0
-        p = tl.where(seen, p, 0.0)
+        p = tl.where(visible(distance, W, CAUSAL, WINDOW), p, 0.0)
     return p
+
+
+@triton.jit
+def exact_sums(
+    q, dout, live, K, V, lo, hi, end, position, scale2, s_kn, s_vn, W,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Of each row its score that weighs most, and over the keys lo..hi the sums of exp2(scale2 · (S − top)) and of
+    that times dP."""
+    sign = tl.where(scale2 < 0.0, -1.0, 1.0)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    den = tl.zeros([BM], tl.float32)
+    delta = tl.zeros([BM], tl.float32)
+    for n in tl.range(lo, hi, BN):
+        keys = n + tl.arange(0, BN)
+        at = keys.to(tl.int64)
+        scores, dp = chunked_products(q, dout, live, K + at * s_kn, V + at * s_vn, keys < end, D, DP, BM, BN)
+        if CAUSAL:
+            distance = (position + tl.arange(0, BM))[:, None] - keys[None, :]
+        else:
+            distance = (end - keys)[None, :]
+        scores = tl.where(visible(distance, W, CAUSAL, WINDOW), scores * sign, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        magnitude = scale2 * sign
+        # With scale 0 the difference from −inf must not become 0 · inf.
+        p = tl.where(scores == float("-inf"), 0.0, tl.math.exp2((scores - base[:, None]) * magnitude))
+        decay = tl.where(top == float("-inf"), 0.0, tl.math.exp2((top - base) * magnitude))
+        den = den * decay + tl.sum(p, 1)
+        delta = delta * decay + tl.sum(p * dp, 1)
+        top = new_top
+    return tl.where(top == float("-inf"), 0.0, top * sign), den, delta
 
 
 @triton.jit
@@ -73,7 +119,7 @@ def chunked_products(a, c, a_live, b, d, b_live, D: tl.constexpr, DP: tl.constex
 
 @triton.jit
 def _score_block(
-    q, dout, live, lse2, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
+    q, dout, live, top, lse2, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -91,17 +137,18 @@ def _score_block(
         distance = (position + tl.arange(0, BM))[:, None] - keys[None, :]
     else:
         distance = (end - keys)[None, :]
-    return probabilities(scores, lse2[:, None], distance, scale2, W, MASKED, CAUSAL, WINDOW), dp, k
+    p = probabilities(scores, top[:, None], lse2[:, None], distance, scale2, W, MASKED, EXACT, CAUSAL, WINDOW)
+    return p, dp, k
 
 
 @triton.jit
 def _dq_block(
-    dq, q, dout, live, lse2, delta, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
+    dq, q, dout, live, top, lse2, delta, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     p, dp, k = _score_block(
-        q, dout, live, lse2, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
+        q, dout, live, top, lse2, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
         D, DP, BM, BN, TMA, MASKED, EXACT, CAUSAL, WINDOW,
     )  # fmt: skip
     ds = p * (dp - delta[:, None])
@@ -110,7 +157,7 @@ def _dq_block(
 
 @triton.jit(do_not_specialize=["S", "Sk", "W", "T", "blocks"])
 def attention_dq(
-    Q, K, V, DOut, Out, Lse, DLse, Lse2, Delta, DQ, CuQ, CuK, scale,
+    Q, K, V, DOut, Out, Lse, DLse, Top, Lse2, Delta, DQ, CuQ, CuK, scale,
     s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_db, s_dm, s_dh, s_ob, s_om, s_oh, H, G, S, Sk, W, T, blocks,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
@@ -164,21 +211,16 @@ def attention_dq(
     if TMA:
         k_desc = tl.make_tensor_descriptor(K, [Sk, D], [s_kn, 1], [BN, DP])
         v_desc = tl.make_tensor_descriptor(V, [Sk, D], [s_vn, 1], [BN, DP])
+    top = tl.zeros([BM], tl.float32)
     if EXACT:
         q = q_ptr + rows * s_qm
         dout = d_ptr + rows * s_dm
-        den = tl.zeros([BM], tl.float32)
-        delta = tl.zeros([BM], tl.float32)
-        for n in tl.range(lo, hi, BN, num_stages=STAGES):
-            p, dp, _k = _score_block(
-                q, dout, live, lse2, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
-                D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
-            )  # fmt: skip
-            den += tl.sum(p, 1)
-            delta += tl.sum(p * dp, 1)
-        den = tl.where(den == 0.0, 1.0, den)
-        lse2 += tl.log2(den)
-        delta = tl.div_rn(delta, den) - dlse
+        top, den, delta = exact_sums(
+            q, dout, live, K, V, lo, hi, Sk, position, scale2, s_kn, s_vn, W, D, DP, BM, BN, CAUSAL, WINDOW
+        )
+        lse2 = tl.where(den == 0.0, 0.0, tl.div_rn(1.0, tl.where(den == 0.0, 1.0, den)))
+        delta = tl.div_rn(delta, tl.where(den == 0.0, 1.0, den)) - dlse
+        tl.store(Top + at, top, mask=live)
         full_lo = lo
         full_hi = lo
     else:
@@ -193,18 +235,18 @@ def attention_dq(
     if WINDOW and not EXACT:
         for n in tl.range(lo, full_lo, BN, num_stages=STAGES):
             dq = _dq_block(
-                dq, q, dout, live, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+                dq, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
                 D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
             )  # fmt: skip
     if not EXACT:
         for n in tl.range(full_lo, full_hi, BN, num_stages=STAGES):
             dq = _dq_block(
-                dq, q, dout, live, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+                dq, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
                 D, DP, BM, BN, TMA, False, EXACT, CAUSAL, WINDOW,
             )  # fmt: skip
     for n in tl.range(full_hi, hi, BN, num_stages=STAGES):
         dq = _dq_block(
-            dq, q, dout, live, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
+            dq, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
             D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
         )  # fmt: skip
     out = DQ + ((q0 + first_row) * H + h) * D + (rows[:, None] * (H * D) + columns[None, :])
@@ -229,8 +271,8 @@ def load_queries(
 
 @triton.jit
 def _dkv_blocks(
-    dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Lse2, Delta, first, count, h0, row, row_h, n0, S, shift, scale2, W,
-    s_qm, s_qh, s_dm, s_dh, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, Lse2, Delta, first, count, h0, row, row_h, n0, S, shift, scale2,
+    W, s_qm, s_qh, s_dm, s_dh, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -247,21 +289,26 @@ def _dkv_blocks(
         dout = load_queries(DOut, d_desc, h0 + g, m, S, s_dm, s_dh, D, DP, BM, TMA, not MASKED)
         at = row + tl.cast(h0 + g, tl.int64) * row_h + m + rows
         if MASKED:
-            lse2 = tl.load(Lse2 + at, mask=m + rows < S, other=float("inf"))
+            lse2 = tl.load(Lse2 + at, mask=m + rows < S, other=0.0 if EXACT else float("inf"))
             delta = tl.load(Delta + at, mask=m + rows < S, other=0.0)
         else:
             lse2 = tl.load(Lse2 + at)
             delta = tl.load(Delta + at)
+        top = lse2
         if EXACT:
+            top = tl.load(Top + at, mask=m + rows < S, other=0.0)
             h = tl.cast(h0 + g, tl.int64)
             q_rows = Q + h * s_qh + (m + rows).to(tl.int64) * s_qm
             d_rows = DOut + h * s_dh + (m + rows).to(tl.int64) * s_dm
-            scores, dp = chunked_products(k, v, live, q_rows, d_rows, m + rows < S, D, DP, BN, BM)
+            # In the order of the dq kernel: a score that is its row's largest must come out as `top` to the bit.
+            scores, dp = chunked_products(q_rows, d_rows, m + rows < S, k, v, live, D, DP, BM, BN)
+            scores, dp = tl.trans(scores), tl.trans(dp)
         else:
             scores = product(k, q)
             dp = product(v, dout)
         distance = (m + shift + rows)[None, :] - (n0 + tl.arange(0, BN))[:, None]
-        p = probabilities(scores, lse2[None, :], distance, scale2, W, MASKED and CAUSAL, CAUSAL, WINDOW)
+        masked: tl.constexpr = MASKED and CAUSAL
+        p = probabilities(scores, top[None, :], lse2[None, :], distance, scale2, W, masked, EXACT, CAUSAL, WINDOW)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -270,7 +317,7 @@ def _dkv_blocks(
 
 @triton.jit(do_not_specialize=["S", "Sk", "W", "T", "blocks"])
 def attention_dkv(
-    Q, K, V, DOut, Lse2, Delta, DK, DV, CuQ, CuK, scale,
+    Q, K, V, DOut, Top, Lse2, Delta, DK, DV, CuQ, CuK, scale,
     s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_db, s_dm, s_dh, H, S, Sk, W, T, blocks,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
@@ -334,18 +381,18 @@ def attention_dkv(
     dv = tl.zeros([BN, DP], tl.float32)
     if CAUSAL and not EXACT:
         dk, dv = _dkv_blocks(
-            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Lse2, Delta, lo, (full_lo - lo) // BM, h0, row, row_h, n0, S,
-            shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL, WINDOW,
+            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, Lse2, Delta, lo, (full_lo - lo) // BM, h0, row, row_h, n0,
+            S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL, WINDOW,
         )  # fmt: skip
     if not EXACT:
         dk, dv = _dkv_blocks(
-            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Lse2, Delta, full_lo, (full_hi - full_lo) // BM, h0, row,
+            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, Lse2, Delta, full_lo, (full_hi - full_lo) // BM, h0, row,
             row_h, n0, S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, False, EXACT,
             CAUSAL, WINDOW,
         )  # fmt: skip
     dk, dv = _dkv_blocks(
-        dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Lse2, Delta, full_hi, (end - full_hi) // BM, h0, row, row_h, n0, S,
-        shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL, WINDOW,
+        dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, Lse2, Delta, full_hi, (end - full_hi) // BM, h0, row, row_h,
+        n0, S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL, WINDOW,
     )  # fmt: skip
     at = ((k0 + n0) * heads + kv_head) * D + (keys[:, None] * (heads * D) + columns[None, :])
     mask = live[:, None] & (columns < D)[None, :]

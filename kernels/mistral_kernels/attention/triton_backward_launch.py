@@ -101,21 +101,24 @@ def attention_backward(
     sequences = q.shape[0] if cu_q is None else cu_q.numel() - 1
     q, k, v, out, dout = (readable(t) for t in (q, k, v, out, dout))
     for_dq, for_dkv = configs or choose(q, k, v, dout)
-    lse2, delta = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    exact = q.dtype == torch.float32
+    top, lse2, delta = (
+        torch.empty(lse.shape, dtype=torch.float32, device=q.device) if exact or i else None for i in range(3)
+    )
     strides = _strides(packed, q, k, v, dout)
     flags = dict(D=dim, DP=padded(dim), CAUSAL=causal, WINDOW=window > 0, PACKED=packed)
-    flags |= dict(EXACT=q.dtype == torch.float32)
+    flags |= dict(EXACT=exact)
     row_blocks = blocks(max_q, for_dq.rows)
     launch(
         kernels.attention_dq, row_blocks * sequences * heads, for_dq,
-        q, k, v, dout, out, lse.contiguous(), dlse.contiguous(), lse2, delta, dq, cu_q, cu_k, scale,
+        q, k, v, dout, out, lse.contiguous(), dlse.contiguous(), top, lse2, delta, dq, cu_q, cu_k, scale,
         *strides, *_strides(packed, out), heads, heads // kv_heads, tokens, k.shape[-3], window, tokens, row_blocks,
         BM=for_dq.rows, BN=for_dq.keys, STAGES=for_dq.stages, TMA=for_dq.tma, **flags,
     )  # fmt: skip
     key_blocks = blocks(max_k, for_dkv.keys)
     launch(
         kernels.attention_dkv, key_blocks * sequences * kv_heads, for_dkv,
-        q, k, v, dout, lse2, delta, dk, dv, cu_q, cu_k, scale, *strides,
+        q, k, v, dout, top, lse2, delta, dk, dv, cu_q, cu_k, scale, *strides,
         heads, tokens, k.shape[-3], window, tokens, key_blocks,
         G=heads // kv_heads, BM=for_dkv.rows, BN=for_dkv.keys, STAGES=for_dkv.stages, TMA=for_dkv.tma, **flags,
     )  # fmt: skip

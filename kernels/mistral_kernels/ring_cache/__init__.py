@@ -17,7 +17,7 @@ then writing first and attending over the ring alone is right, and with fewer sl
 import torch
 
 from .. import _checks
-from .._dispatch import Op
+from .._dispatch import Op, always
 from ..attention import MAX_TRITON_HEAD_DIM, check_cu_seqlens, check_heads, check_window, cuda_supports
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
@@ -40,12 +40,17 @@ def _cuda_attends(*args):
     return cuda_supports(*args)
 
 
+def _decodes(*args):
+    return args[-2] <= 16
+
+
 _write_kv = Op(
     "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor? cu) -> ()",
     eager=reference.write_kv,
     fake=lambda *_: None,
     triton="ring_cache.triton_write:write_kv",
     cuda=True,
+    cuda_first=always,
     cuda_supports=_cuda_writes,
 )
 _rope_write_kv = Op(
@@ -55,6 +60,7 @@ _rope_write_kv = Op(
     fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
     triton="ring_cache.triton_write:rope_write_kv",
     cuda=True,
+    cuda_first=always,
 )
 _attention_cached = Op(
     "attention_cached(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, int window, float scale,"
@@ -64,6 +70,7 @@ _attention_cached = Op(
     triton="ring_cache.triton_attention:attention_cached",
     triton_supports=_triton_supports,
     cuda=True,
+    cuda_first=_decodes,
     cuda_supports=_cuda_attends,
     flash="attention_cached",
     flash_supports="supports_cached",

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks
-from .._dispatch import Op
+from .._dispatch import Op, always
 from . import reference
 
 ROUNDINGS = ("model", "fp32")
@@ -70,6 +70,7 @@ _rms_norm = Op(
     fake=_fake_norm,
     triton="rms_norm.triton_kernel:rms_norm",
     cuda=True,
+    cuda_first=always,
     setup_context=_save_norm,
     backward=_norm_gradients,
 )
@@ -80,6 +81,7 @@ _add_rms_norm = Op(
     fake=_fake_add_norm,
     triton="rms_norm.triton_kernel:add_rms_norm",
     cuda=True,
+    cuda_first=always,
     setup_context=_save_add_norm,
     backward=_add_norm_gradients,
 )

@@ -1,0 +1,119 @@
+"""Times of the GPU kernels beside torch's own, by `triton.testing.do_bench`; writes JSON and a page for docs/.
+
+python scripts/gpu_times.py run docs/gpu/H100_times.json
+python scripts/gpu_times.py page docs/gpu/*.json > docs/gpu.md
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Times on a GPU
+
+One run of `scripts/gpu_times.py` for each file: medians of `triton.testing.do_bench`, bfloat16, 32 query and 8 KV
+heads. Attention counts the visible keys' products only, its backward 2.5 times the forward's. SDPA is torch's own,
+cuDNN or FlashAttention as it chooses. B2 where D is 64, else one sequence. `copy` and `gemm` are the machine's own
+limits in the same run. Short kernels wait for their launch from Python, Triton's more than CUDA C++'s: where both can
+run, norms, ring writes and decoding take CUDA C++ on a GPU. A CUDA graph (`mistral.graphed`) removes the wait.
+"""
+
+
+def attention(record: Callable, sequence: int, window: int | None, dim: int, batch: int, impls: tuple) -> None:
+    import torch
+
+    import mistral_kernels
+
+    def tensors(heads: int) -> torch.Tensor:
+        return torch.randn(batch, sequence, heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    q, k, v = tensors(32), tensors(8), tensors(8)
+    width = min(window or sequence, sequence)
+    flops = 4 * batch * 32 * dim * (sequence * width - width * (width - 1) / 2)
+
+    def both(name: str, inputs: tuple, run: Callable) -> None:
+        with torch.no_grad():
+            record(f"attn fwd {name}", run, flops, "TF")
+        out = run()
+        grad = torch.randn_like(out)
+        record(f"attn bwd {name}", lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), 2.5 * flops, "TF")
+
+    for impl in impls:
+        both(
+            f"{impl} S{sequence} W{window} D{dim}", (q, k, v),
+            lambda impl=impl: mistral_kernels.attention(q, k, v, window=window, impl=impl),
+        )  # fmt: skip
+    if window is None:
+        heads_first = tuple(t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v))
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        both(f"sdpa S{sequence}", heads_first, lambda: sdpa(*heads_first, is_causal=True, enable_gqa=True))
+
+
+def memory_bound(record: Callable) -> None:
+    import torch
+
+    import mistral_kernels as mk
+
+    def tensors(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    x, residual, weight, gate, up = tensors(16384, 4096), tensors(16384, 4096), tensors(4096), *tensors(2, 16384, 14336)
+    for impl in ("triton", "cuda"):
+        ops = mk.using(impl=impl)
+        record(f"rms_norm {impl}", lambda ops=ops: ops.rms_norm(x, weight, 1e-5), 2 * x.nbytes, "GB")
+        record(f"add_rms_norm {impl}", lambda ops=ops: ops.add_rms_norm(x, residual, weight, 1e-5), 4 * x.nbytes, "GB")
+        record(f"swiglu {impl}", lambda ops=ops: ops.swiglu(gate, up), 3 * gate.nbytes, "GB")
+    for batch in (1, 8, 64):
+        q, k, v = tensors(batch, 1, 32, 128), tensors(batch, 4096, 8, 128), tensors(batch, 4096, 8, 128)
+        lens = torch.full((batch,), 9000, device="cuda", dtype=torch.int32)
+        for impl in ("triton", "cuda"):
+            decode = mk.using(impl=impl).attention_cached
+            record(f"decode {impl} B{batch}", lambda f=decode: f(q, k, v, lens, 4096), k.nbytes * 2, "GB")  # noqa: B023
+
+
+def run(path: Path) -> None:
+    import torch
+    from triton.testing import do_bench
+
+    found: dict[str, list] = {}
+
+    def record(name: str, work: Callable, amount: float, unit: str) -> None:
+        ms = do_bench(work, warmup=5, rep=25)
+        found[name] = [round(ms, 4), round(amount / ms / (1e9 if unit == "TF" else 1e6), 1), unit]
+        print(name, found[name], flush=True)
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    x = torch.empty(1 << 28, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    record("copy", lambda: y.copy_(x), 2 * x.nbytes, "GB")
+    record("gemm", lambda: a @ a, 2 * 8192**3, "TF")
+    attention(record, 8192, None, 128, 1, ("triton", "cuda"))
+    attention(record, 16384, 4096, 128, 1, ("triton",))
+    attention(record, 16384, None, 128, 1, ("triton",))
+    attention(record, 4096, None, 64, 2, ("triton", "cuda"))
+    memory_bound(record)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(found, indent=1))
+    os.replace(beside, path)
+
+
+def page(paths: list[Path]) -> str:
+    parts = [HEAD]
+    for path in paths:
+        found: dict[str, Any] = json.loads(path.read_text())
+        rows = [f"| {name} | {ms:.3f} | {rate} {unit}/s |" for name, (ms, rate, unit) in found.items()]
+        parts.append(
+            "\n".join([f"## {path.stem.replace('_', ' ')}", "", "| what | ms | rate |", "|---|---|---|", *rows])
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in ("run", "page"):
+        sys.exit(__doc__)
+    if sys.argv[1] == "run":
+        run(Path(sys.argv[2]))
+    else:
+        print(page([Path(p) for p in sys.argv[2:]]), end="")
