@@ -8,6 +8,14 @@ from .decode import decode_layers
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .patch import patch, register_attention, unpatch
+from .quant_linear import (
+    QuantizedWeight,
+    linear_int4,
+    linear_int8,
+    linear_nf4,
+    linear_quantized,
+    quantize_weight,
+)
 from .ring_cache import attention_cached, rope_write_kv, write_kv
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_table
@@ -15,6 +23,7 @@ from .swiglu import swiglu, swiglu_packed
 
 __version__ = "0.1.0"
 __all__ = [
+    "QuantizedWeight",
     "add_rms_norm",
     "attention",
     "attention_cached",
@@ -22,7 +31,12 @@ __all__ = [
     "decode_layers",
     "linear",
     "linear_cross_entropy",
+    "linear_int4",
+    "linear_int8",
+    "linear_nf4",
+    "linear_quantized",
     "patch",
+    "quantize_weight",
     "reference",
     "register_attention",
     "rms_norm",

@@ -9,6 +9,7 @@ from .attention import attention
 from .decode import decode_layers
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .quant_linear import linear_int4, linear_int8, linear_nf4, linear_quantized
 from .ring_cache import attention_cached, rope_write_kv, write_kv
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_table
@@ -18,14 +19,16 @@ WITHOUT_GPU = (None, "reference", "cpu")
 OPS = (
     *(add_rms_norm, attention, attention_cached, linear, linear_cross_entropy, rms_norm, rope, rope_write_kv),
     *(swiglu, swiglu_packed, write_kv),
+    *(linear_int4, linear_int8, linear_nf4, linear_quantized),
 )
+FREE = (linear, linear_int4, linear_int8, linear_nf4, linear_quantized)
 
 
 def using(impl: str | None = None) -> SimpleNamespace:
     """The package's ops, each bound to one implementation: `using(impl="triton").rms_norm(x, weight)`.
 
-    Not written in every implementation are `linear`, which is then left to choose, and `decode_layers`, which is then
-    None: its ops can be called one by one.
+    Not written in every implementation are the linear layers, which are then left to choose, and `decode_layers`,
+    which is then None: its ops can be called one by one.
 
     Args:
         impl: None, or a name that `backends()` lists.
@@ -40,7 +43,7 @@ def using(impl: str | None = None) -> SimpleNamespace:
     check_impl(impl)
 
     def bind(op: Callable) -> Callable:
-        chosen = None if op is linear and impl not in WITHOUT_GPU else impl
+        chosen = None if op in FREE and impl not in WITHOUT_GPU else impl
         return functools.update_wrapper(functools.partial(op, impl=chosen), op)
 
     ops: dict[str, Callable | None] = {op.__name__: bind(op) for op in OPS}

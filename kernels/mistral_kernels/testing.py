@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import mistral_kernels
+from mistral_kernels.quant_linear import quantize_weight
 from mistral_kernels.ring_cache.int8 import quantise
 
 from ._isa import isa as isa
@@ -28,6 +29,7 @@ from ._isa import isa_tiers as isa_tiers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("gaussian", "ramp", "one_hot", "large")
 MUTATED = ("k_cache", "v_cache")
+FROZEN = ("cos", "sin", "scale", "offset")  # without a gradient
 FEW_ROWS = 16
 
 
@@ -165,7 +167,7 @@ def _convert(name: str, value: Any, dtype: torch.dtype, device: str) -> Any:
         return value
     if not value.is_floating_point():
         return value.to(device)
-    if name in ("cos", "sin", "k_scale", "v_scale") and dtype != torch.float64:
+    if name in (*FROZEN, "k_scale", "v_scale") and dtype != torch.float64:
         dtype = torch.float32
     return value.to(device=device, dtype=dtype)
 
@@ -186,7 +188,7 @@ def call_with_gradients(op: str, arguments: dict[str, Any], impl: str | None) ->
     leaves = {
         n: v.detach().clone().requires_grad_()
         for n, v in arguments.items()
-        if isinstance(v, torch.Tensor) and v.is_floating_point() and n not in ("cos", "sin")
+        if isinstance(v, torch.Tensor) and v.is_floating_point() and n not in FROZEN
     }
     outputs = call(op, arguments | leaves, impl)
     seeds = [fill(tuple(t.shape), seed=7 + i).to(t) for i, t in enumerate(outputs.values())]
@@ -256,6 +258,34 @@ def linear_case(lead: tuple[int, ...], k: int, n: int, bias: bool = False) -> Ca
         return made | (dict(bias=fill((n,), seed=2)) if bias else {})
 
     return Case("linear", f"{[*lead, k]} by {[n, k]}{' with bias' if bias else ''}", make)
+
+
+def quantised_case(
+    scheme: str,
+    lead: tuple[int, ...],
+    k: int,
+    n: int,
+    group: int | None = None,
+    asymmetric: bool = False,
+    bias: bool = False,
+    size: float = 1.0,
+) -> Case:
+    """A linear layer on codes of a Gaussian weight of this size, of which the first row is zeros; `k` >= 1."""
+
+    def make(kind: str) -> dict[str, Any]:
+        weight = fill((n, k), seed=1) * size
+        weight[:1] = 0
+        q = quantize_weight(weight, scheme, group, asymmetric)
+        made = dict(x=fill((*lead, k), kind), codes=q.codes, scale=q.scale.double(), group_size=q.group)
+        if q.offset is not None:
+            made["offset"] = q.offset.double()
+        if scheme == "w8a8":
+            made["activations"] = "int8"
+        return made | (dict(bias=fill((n,), seed=2)) if bias else {})
+
+    op = "linear_int8" if scheme == "w8a8" else f"linear_{scheme}"
+    label = f"{scheme}{' asymmetric' if asymmetric else ''} {[*lead, k]} by {[n, k]} groups of {group}"
+    return Case(op, label + (" with bias" if bias else ""), make)
 
 
 def linear_cross_entropy_case(
@@ -405,6 +435,17 @@ def cached_case(
     )
 
 
+def _quantised_cases() -> Iterator[Case]:
+    for lead, k, n in (((1,), 576, 192), ((2, 3), 1000, 33), ((16,), 64, 9), ((40,), 96, 50), ((1,), 5000, 40)):
+        for scheme in ("int8", "w8a8", "int4", "nf4"):
+            yield quantised_case(scheme, lead, k, n, bias=n % 2 == 1)
+            yield quantised_case(scheme, lead, k, n, 32 if n % 2 else 128)
+        yield quantised_case("int4", lead, k, n, 64, asymmetric=True, bias=n % 2 == 1)
+    for size in (1e2, 1e-6):  # 1e4 is beyond float16
+        for scheme in ("int8", "w8a8", "int4", "nf4"):
+            yield quantised_case(scheme, (3,), 200, 24, 64, size=size)
+
+
 def cases() -> Iterator[Case]:
     """A grid that visits every op: odd sizes, tails, windows inside and over the length, ragged and empty sequences."""
     for rounding in ("model", "fp32"):
@@ -417,6 +458,7 @@ def cases() -> Iterator[Case]:
         yield swiglu_packed_case((*shape[:-1], 2 * shape[-1]))
     for lead, k, n in (((1,), 576, 192), ((2, 3), 1000, 33), ((16,), 64, 8), ((40,), 96, 50), ((1,), 5000, 40)):
         yield linear_case(lead, k, n, bias=n % 2 == 1)
+    yield from _quantised_cases()
     for reduction in ("mean", "sum", "none"):
         yield linear_cross_entropy_case((5, 24), 7, reduction)
         yield linear_cross_entropy_case((2, 75, 64), 1000, reduction, ignored=3, chunk=37)

@@ -30,7 +30,7 @@ examples:
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 DIFFERENTIABLE = (
     *("rms_norm", "add_rms_norm", "swiglu", "swiglu_packed", "linear", "rope", "attention"),
-    "linear_cross_entropy",
+    *("linear_cross_entropy", "linear_int8", "linear_int4", "linear_nf4"),
 )
 INTERPRETER_BF16 = "Triton's interpreter miscomputes bfloat16 (triton issue 11584)"
 
