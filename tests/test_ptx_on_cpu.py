@@ -178,7 +178,7 @@ HEADER = ".version 9.0\n.target sm_80\n.address_size 64\n"
 
 
 @pytest.mark.parametrize(
-    "line", ["wgmma.fence.sync.aligned;", "add.sat.s32 %r0, %r0, %r0;", "mov.u32 %r0, %clock;", "call f;"]
+    "line", ["mapa.shared::cluster.u32 %r0, %r0, 0;", "add.sat.s32 %r0, %r0, %r0;", "mov.u32 %r0, %clock;", "call f;"]
 )
 def test_unknown_ptx_stops_with_its_text(line):
     text = f"{HEADER}.visible .entry k()\n{{\n.reg .b32 %r<2>;\n{line}\nret;\n}}\n"

@@ -145,7 +145,7 @@ def compile_cpp(source: Path, includes: Sequence[Path], flags: Sequence[str], de
 def cudart_object() -> Path:
     source = HERE / "cudart.cpp"
     command = [nvcc(), "-std=c++17", "-O1", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{HERE}", "-c", source]
-    return cached("cudart.o", lambda path: run([*command, "-o", path]), *command, source, RUNTIME / "api.h")
+    return cached("cudart.o", lambda path: run([*command, "-o", path]), *command, source, *tree(RUNTIME, "*.h"))
 
 
 def link(name: str, objects: Sequence[Path], extra: Sequence[str] = ()) -> Path:

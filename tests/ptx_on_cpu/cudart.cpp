@@ -1,5 +1,6 @@
 // Stands in for libcudart: nvcc's own host code, launchers and all, is linked with this and runs without a GPU.
 // Everything is done by the time that a call returns; streams are accepted and have no meaning.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstring>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "runtime/api.h"
+#include "runtime/tensor_map.h"
 
 namespace {
 
@@ -79,6 +81,8 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
       return error(cudaErrorInvalidConfiguration);
     case 2:
       return error(cudaErrorLaunchFailure);
+    case 4:
+      return error(cudaErrorNoKernelImageForDevice);
     default:
       return error(cudaErrorSymbolNotFound);
   }
@@ -120,6 +124,9 @@ const char* cudaGetErrorString(cudaError_t code) {
     case cudaErrorInvalidValue:
       message = "invalid argument (dynamic shared memory beyond what was asked for?)";
       break;
+    case cudaErrorNoKernelImageForDevice:
+      message = "no kernel image for a device of this compute capability";
+      break;
     case cudaErrorSymbolNotFound:
       message = "the kernel could not be translated or compiled";
       break;
@@ -150,10 +157,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = kWithoutAsking;
       break;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
+      *value = emu_get("capability") / 10;
       break;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = emu_get("capability") % 10;
       break;
     case cudaDevAttrMaxThreadsPerBlock:
       *value = 1024;
@@ -174,6 +181,47 @@ cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   emu_written(p, bytes);
   return cudaSuccess;
 }
+
+// The driver's function with its arguments and limits. CUDA_ERROR_NOT_SUPPORTED is this stand-in's own limit.
+CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* at,
+                                const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
+                                const cuuint32_t* step, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  static const uint8_t bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
+  const auto multiple = [](const void* p, uintptr_t n) { return reinterpret_cast<uintptr_t>(p) % n == 0; };
+  if (!multiple(out, 64) || !multiple(at, 16) || !at || rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
+  if (type >= sizeof bytes || interleave || fill || swizzle > CU_TENSOR_MAP_SWIZZLE_128B)
+    return CUDA_ERROR_NOT_SUPPORTED;
+  emu::TensorMap m{};
+  m.magic = emu::kTensorMap, m.rank = static_cast<uint8_t>(rank), m.type = static_cast<uint8_t>(type);
+  m.element = bytes[type], m.swizzle = static_cast<uint8_t>(swizzle), m.at = static_cast<char*>(at);
+  for (unsigned d = 0; d < rank; d++) {
+    if (!size[d] || size[d] > uint64_t{1} << 32 || !box[d] || box[d] > 256) return CUDA_ERROR_INVALID_VALUE;
+    if (step[d] != 1) return CUDA_ERROR_NOT_SUPPORTED;
+    m.size[d] = size[d], m.box[d] = static_cast<uint16_t>(box[d]);
+    if (!d) continue;
+    if (stride[d - 1] % 16 || stride[d - 1] >= uint64_t{1} << 40) return CUDA_ERROR_INVALID_VALUE;
+    m.stride[d - 1] = stride[d - 1];
+  }
+  const unsigned row = box[0] * m.element, pattern = 16u << swizzle;
+  if (row % 16 || (swizzle && row > pattern)) return CUDA_ERROR_INVALID_VALUE;
+  if (swizzle && row != pattern) return CUDA_ERROR_NOT_SUPPORTED;
+  memset(out, 0, sizeof *out);
+  memcpy(out, &m, sizeof m);
+  return CUDA_SUCCESS;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  const bool known = !strcmp(name, "cuTensorMapEncodeTiled");
+  *function = known ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : nullptr;
+  if (result) *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags,
+                                    cudaDriverEntryPointQueryResult* result) {
+  return cudaGetDriverEntryPointByVersion(name, function, 12000, flags, result);
+}
+
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 

@@ -76,10 +76,13 @@ def trap(b, m, a):
     return f'emu::fail_at("trap", {b.site});'
 
 
-@rule(r"(membar|fence|prefetch|prefetchu|discard|applypriority|nanosleep)(\.\w+|::)*")
+@rule(r"(prefetch|prefetchu|discard|applypriority|nanosleep)(\.\w+|::\w+)*")
 def nothing(b, m, a):
-    if ".proxy" in m[0]:
-        raise UnknownPtx(f"unknown instruction: {m[0]}")
+    return ";"
+
+
+@rule(r"(membar|fence)(\.(sc|acq_rel|acquire|release))?\.(cta|cluster|gpu|gl|sys)")
+def fence(b, m, a):
     return ";"
 
 
@@ -244,6 +247,8 @@ def mov(b, m, a):
         bits = int(m["t"][1:]) // len(parts)
         out = (b.put(x, f"(uint{bits}_t)(q >> {i * bits})") for i, x in enumerate(parts) if x != "_")
         return f"{{ const uint64_t q = {b.v(a[1], 'b' + m['t'][1:])}; {' '.join(out)} }}"
+    if (copy := b.copy(a[0], a[1], m["t"])) is not None:
+        return copy
     return b.put(a[0], b.v(a[1], m["t"]))
 
 

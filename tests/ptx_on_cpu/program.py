@@ -27,6 +27,11 @@ COUNTS = (
     "ldmatrix",
     "ldmatrix_conflicts",
     "barriers",
+    "wgmma",
+    "bulk_read",
+    "bulk_written",
+    "bulk_loads",
+    "bulk_stores",
 )
 PLANTS = ("none", "skip", "wait_one_less", "whole_copy", "swap", "flip")
 LAUNCH_FAILURE = 719
@@ -46,7 +51,8 @@ class Launch:
     """What one launch did. Bytes are of global memory; `copied` are those of cp.async, which `read` has too.
 
     `read_once` and `written_once` count an address once, however often it is touched. `accesses16` are the accesses of
-    16 bytes a thread. `ldmatrix_conflicts` counts rows that wait for another of the same banks.
+    16 bytes a thread. `ldmatrix_conflicts` counts rows that wait for another of the same banks. `bulk_read` and
+    `bulk_written` are bytes of bulk copies, which `read` and `written` have too.
     """
 
     kernel: str
@@ -64,6 +70,11 @@ class Launch:
     ldmatrix: int
     ldmatrix_conflicts: int
     barriers: int
+    wgmma: int
+    bulk_read: int
+    bulk_written: int
+    bulk_loads: int
+    bulk_stores: int
 
 
 _modules: dict[str, ptx.Module] = {}
@@ -131,11 +142,19 @@ class Program:
         sources: .cu files.
         includes: folders of headers.
         flags: further flags for nvcc.
+        arch: "80", or "90a", whose kernels run where the option "capability" is 90.
     """
 
-    def __init__(self, name: str, sources: Sequence[Path], includes: Sequence[Path] = (), flags: Sequence[str] = ()):
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence[Path],
+        includes: Sequence[Path] = (),
+        flags: Sequence[str] = (),
+        arch: str = "80",
+    ):
         runtime()
-        folders = [build.compile_cu(source, includes, flags) for source in sources]
+        folders = [build.compile_cu(source, includes, flags, arch) for source in sources]
         for folder in folders:
             add_ptx((folder / "source.ptx").read_text())
         self.library = ctypes.CDLL(str(build.link(name, [folder / "source.o" for folder in folders])))
@@ -221,7 +240,9 @@ def launches() -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def option(name: str, value: int) -> Iterator[None]:
-    """Sets "check" (1), "multiprocessors" (4) or "shared_limit" (163 KB) for a while."""
+    """Sets an option for a while: "check" (1), "multiprocessors" (4), "capability" (80), "shared_limit" (163 KB; 227 KB
+    with capability 90), "late" (1), and the strict readings of contested rules, all 1: "strict_warpgroup",
+    "strict_fence", "war_fence", "init_fence"; README.md says which rules."""
     before = runtime().emu_get(name.encode())
     if runtime().emu_set(name.encode(), value):
         raise ValueError(f"no option {name!r}")
@@ -233,7 +254,7 @@ def option(name: str, value: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def planted(site: int, fault: str) -> Iterator[None]:
-    """Makes the instruction at a site go wrong for a while: barriers and copies `skip`, waits `wait_one_less`,
+    """Makes the instruction at a site go wrong for a while: barriers, fences and copies `skip`, waits `wait_one_less`,
     copies `whole_copy`, mma `swap`, matrix loads `flip`."""
     runtime().emu_plant(site, PLANTS.index(fault))
     try:

@@ -47,6 +47,7 @@ class Entry:
     statements: list[Statement]
     lines: list[tuple[int, str]]  # site, "file.cu:12"
     max_threads: int
+    registers: int  # a thread at launch, as far as the launch bounds tell; 0 where they do not
     text: list[str] = field(default_factory=list)
 
 
@@ -54,6 +55,7 @@ class Entry:
 class Module:
     entries: dict[str, Entry]
     variables: list[Variable]
+    capability: int  # of .target: 80, 90
 
 
 def variable(text: str) -> Variable | None:
@@ -144,6 +146,16 @@ def _max_threads(directives: str) -> int:
     return int(match[1]) * int(match[2] or 1) * int(match[3] or 1) if match else 1024
 
 
+def _registers(directives: str) -> int:
+    """A kernel that changes its threads' registers starts with as many as its launch bounds leave to each."""
+    if match := re.search(r"\.maxnreg\s+(\d+)", directives):
+        return int(match[1])
+    if not re.search(r"\.(?:maxntid|reqntid)", directives):
+        return 0
+    blocks = re.search(r"\.minnctapersm\s+(\d+)", directives)
+    return min(256, 65536 // (_max_threads(directives) * int(blocks[1] if blocks else 1)) // 8 * 8)
+
+
 def parse(text: str) -> Module:
     """Raises UnknownPtx at a directive that is not known, and where functions are called."""
     text = re.sub(r"//[^\n]*", "", text)
@@ -159,11 +171,18 @@ def parse(text: str) -> Module:
         lines = text[match.end() : end].split("\n")
         statements, locations = _statements(lines, files)
         entries[match[1]] = Entry(
-            match[1], _params(match[2]), statements, locations, _max_threads(match[3]), [line.strip() for line in lines]
+            match[1],
+            _params(match[2]),
+            statements,
+            locations,
+            _max_threads(match[3]),
+            _registers(match[3]),
+            [line.strip() for line in lines],
         )
     outside += text[position:].split(".section")[0]
     declared = re.findall(r"^\s*((?:\.(?:visible|weak|extern)\s+)?\.(?:global|const|shared)\s[^;]*);", outside, re.M)
     found = [variable(declaration) for declaration in declared]
     if None in found:
         raise UnknownPtx(declared[found.index(None)])
-    return Module(entries, [v for v in found if v is not None])
+    target = re.search(r"^\s*\.target\s+sm_(\d+)", text, re.M)
+    return Module(entries, [v for v in found if v is not None], int(target[1]) if target else 0)

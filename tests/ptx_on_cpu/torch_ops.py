@@ -23,6 +23,11 @@ def _bindings(includes: list[Path]) -> list[Path]:
     return build.two_at_a_time(lambda source: build.compile_cpp(source, includes, flags, depends), sources)
 
 
+def arch(source: Path) -> str:
+    """What a CUDA source is compiled for here: its kernels run where the option "capability" is as high."""
+    return "90a" if source.name.startswith("hopper") else "80"
+
+
 @functools.cache
 def load() -> None:
     """Builds what is not built and registers it: from then on `impl="cuda"` runs on CPU tensors, checked.
@@ -38,7 +43,7 @@ def load() -> None:
     runtime()
     includes = [CSRC, build.HERE]
     sources = build.tree(CSRC / "cuda", "*.cu")
-    folders = build.two_at_a_time(lambda source: build.compile_cu(source, [CSRC]), sources)
+    folders = build.two_at_a_time(lambda source: build.compile_cu(source, [CSRC], (), arch(source)), sources)
     for folder in folders:
         add_ptx((folder / "source.ptx").read_text())
     objects = [folder / "source.o" for folder in folders] + _bindings(includes)

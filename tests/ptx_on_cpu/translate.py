@@ -1,8 +1,10 @@
 """PTX to C++: a kernel becomes a function, a register a variable, an instruction a statement, a branch a goto."""
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from . import ptx
+from . import hardware, ptx  # noqa: F401  (hardware: its rules)
 from .instructions import C_TYPE, emit
 from .ptx import Entry, Module, UnknownPtx, Variable
 
@@ -33,11 +35,42 @@ def split_operands(text: str) -> list[str]:
     return [x for x in operands if x]
 
 
-class Body:
-    """Translates the statements of one kernel. `site` is the line that is being translated."""
+@dataclass
+class Flow:
+    """The registers of a kernel that wgmma has to do with, by their names in C++."""
 
-    def __init__(self, entry: Entry, module: Module):
-        self.entry, self.site = entry, 0
+    sums: set[str] = field(default_factory=set)
+    left: dict[str, int] = field(default_factory=dict)  # registers of an A operand, numbered
+    copies: list[tuple[str, str]] = field(default_factory=list)  # from mov: to, from
+
+    def tokens(self) -> set[str]:
+        """Where the token of a sum under way may be: the sums, and copies of them."""
+        return self._closure(self.sums, self.copies)
+
+    def operands(self) -> set[str]:
+        """What becomes an operand, if only after copies: of these the last write is remembered."""
+        return self._closure({*self.sums, *self.left}, [(source, to) for to, source in self.copies])
+
+    @staticmethod
+    def _closure(start: Iterable[str], edges: list[tuple[str, str]]) -> set[str]:
+        found, size = set(start), -1
+        while size != len(found):
+            size = len(found)
+            found |= {to for to, source in edges if source in found}
+        return found
+
+
+class Body:
+    """Translates the statements of one kernel. `site` is the line that is being translated.
+
+    A kernel with wgmma is translated twice: the first time to find its `flow`, which the second is given.
+    """
+
+    def __init__(self, entry: Entry, module: Module, flow: Flow | None = None):
+        self.entry, self.site, self.hardware = entry, 0, False
+        self.flow = Flow()
+        self.sums, self.left = (flow.sums, flow.left) if flow else (set(), {})
+        self.tokens, self.operands = (flow.tokens(), flow.operands()) if flow else (set(), set())
         self.params = {name: offset for name, offset, _ in entry.params}
         self.declarations: list[str] = []
         self.scopes: list[dict[str, str]] = [{}]
@@ -117,7 +150,9 @@ class Body:
                     self._count += 1
                     unique += f"_{self._count}"
                 self.scopes[-1][n] = unique
-                self.declarations.append(f"{REGISTER_TYPE[match[1]]} {unique};")
+                self.declarations.append(f"{REGISTER_TYPE[match[1]]} {unique}{' = 0' * (unique in self.tokens)};")
+                if unique in self.operands:
+                    self.declarations.append(f"uint32_t w_{unique} = 0;")
 
     def _code(self, text: str) -> str:
         guard = re.match(r"@(!?)([\w%$]+)\s+", text)
@@ -145,10 +180,42 @@ class Body:
     def put(self, target: str, value: str) -> str:
         if target.strip() == "_":
             return ""
-        name = self.register(target.strip())
+        name = self.raw(target)
+        before = f"emu::fragment_written({self.left[name]}, {self.site}); " if name in self.left else ""
+        before += f"emu::overwrite({name}, {self.site}); " if name in self.sums else ""
+        after = f" w_{name} = me->fences + 1;" if name in self.operands else ""
+        return f"{before}{name} = emu::as<decltype({name})>({value});{after}"
+
+    def raw(self, operand: str) -> str:
+        """A register as it is, even with a token in it."""
+        name = self.register(operand.strip())
         if name is None:
-            raise UnknownPtx(f"no register {target}")
-        return f"{name} = emu::as<decltype({name})>({value});"
+            raise UnknownPtx(f"no register {operand}")
+        return name
+
+    def copy(self, target: str, source: str, kind: str) -> str | None:
+        """A mov between registers of 32 bits that wgmma may have to do with: tokens are copied as they are."""
+        to, start = self.register(target.strip()), self.register(source.strip())
+        if to is None or start is None or not kind.endswith("32"):
+            return None
+        self.flow.copies.append((to, start))
+        if not {to, start} & (self.tokens | self.operands):
+            return None
+        before = f"emu::fragment_written({self.left[to]}, {self.site}); " if to in self.left else ""
+        if to in self.sums:
+            before += f"if (emu::as<uint32_t>({to}) != emu::as<uint32_t>({start})) emu::overwrite({to}, {self.site}); "
+        written = f"w_{start}" if start in self.operands else "0"
+        after = f" w_{to} = {written};" if to in self.operands else ""
+        return f"{{ {before}{to} = emu::as<decltype({to})>({start});{after} }}"
+
+    def wgmma_operands(self, sums: list[str], left: list[str]) -> list[int]:
+        """The numbers of the registers of the A operand."""
+        self.flow.sums.update(self.raw(x) for x in sums)
+        return [self.flow.left.setdefault(self.raw(x), len(self.flow.left)) for x in left]
+
+    def last_written(self, operands: list[str]) -> str:
+        known = [f"w_{name}" for name in map(self.raw, operands) if name in self.operands]
+        return f"std::max({{{', '.join(['0u', *known])}}})"
 
     def v(self, operand: str, kind: str) -> str:
         """The value of an operand as C++ of a PTX type."""
@@ -159,7 +226,7 @@ class Body:
 
     def _value(self, x: str) -> str:
         if (register := self.register(x)) is not None:
-            return register
+            return f"emu::settled({register}, {self.site})" if register in self.tokens else register
         if x in SPECIAL:
             return SPECIAL[x]
         if x in self.symbols:
@@ -217,6 +284,8 @@ def translate(module: Module, name: str) -> str:
     """
     entry = module.entries[name]
     body = Body(entry, module)
+    if body.flow.sums:
+        body = Body(entry, module, body.flow)
     arrays, table = _variables(module)
     offsets = ", ".join(str(offset) for _, offset, _ in entry.params) or "0"
     sizes = ", ".join(str(size) for _, _, size in entry.params) or "0"
@@ -233,5 +302,6 @@ static void run(const char* params) {{
 static const int offset[] = {{{offsets}}}, size[] = {{{sizes}}};
 static const emu::Kernel::Constant constants[] = {{{table}}};
 extern "C" __attribute__((visibility("default"))) const emu::Kernel emu_kernel = {{
-    "{name}", run, {len(entry.params)}, offset, size, {body.static_shared}, {entry.max_threads}, constants}};
+    "{name}", run, {len(entry.params)}, offset, size, {body.static_shared}, {entry.max_threads},
+    {entry.registers}, {module.capability}, {"true" if body.hardware else "false"}, constants}};
 """

@@ -34,7 +34,10 @@ struct Launch {
   Counts counts;
 };
 std::list<Launch> launches;
-std::map<std::string, int> options{{"check", 1}, {"multiprocessors", 4}, {"shared_limit", 163 * 1024}};
+std::map<std::string, int> options{
+    {"check", 1},     {"multiprocessors", 4},  {"shared_limit", 163 * 1024}, {"capability", 80},
+    {"late", 1},      {"strict_warpgroup", 1}, {"strict_fence", 1},          {"war_fence", 1},
+    {"init_fence", 1}};
 
 std::string demangled(const char* name) {
   int status = 0;
@@ -123,11 +126,11 @@ std::string block_name() {
 void touch_by(Fiber& by, const void* p, int bytes, Access access, uint32_t site) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail_at("misaligned access", site);
   if (in_arena(p, arena_span()))
-    shared_access(static_cast<const char*>(p) - arena, bytes, access, by, site);
+    shared_access(static_cast<const char*>(p) - arena, bytes, access, actor(by), site);
   else if (static_cast<size_t>(static_cast<const char*>(p) - by.stack) < 256 * 1024)
     return;  // local memory
   else
-    global_access(static_cast<const char*>(p), bytes, access, by, site);
+    global_access(static_cast<const char*>(p), bytes, access, actor(by), site);
 }
 
 void touch(const void* p, int bytes, Access access, uint32_t site) { touch_by(*current, p, bytes, access, site); }
@@ -156,6 +159,7 @@ int emu_launch(const char* name, EmuDim3 grid, EmuDim3 threads, void** args, siz
   finding.clear();
   if (!loaded.count(name) && (!loader || !loader(name) || !loaded.count(name))) return 3;
   kernel = loaded[name].kernel;
+  if (kernel->capability > options["capability"]) return 4;
   const unsigned n = threads.x * threads.y * threads.z;
   if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !n || n > 1024 || threads.z > 64 ||
       static_cast<int>(n) > kernel->max_threads || grid.x > 0x7fffffffu)
@@ -176,7 +180,10 @@ const char* emu_finding() { return finding.c_str(); }
 int emu_set(const char* option, int value) {
   if (!options.count(option)) return 1;
   options[option] = value;
-  checking = options["check"] != 0;
+  if (!strcmp(option, "capability")) options["shared_limit"] = (value >= 90 ? 227 : 163) * 1024;
+  checking = options["check"] != 0, late = options["late"] != 0;
+  strict = {options["strict_warpgroup"] != 0, options["strict_fence"] != 0, options["war_fence"] != 0,
+            options["init_fence"] != 0};
   return 0;
 }
 int emu_get(const char* option) { return options.count(option) ? options[option] : -1; }

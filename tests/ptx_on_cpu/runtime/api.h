@@ -34,10 +34,13 @@ struct EmuLine {
 };
 EMU_API const char* emu_load(const char* path, const EmuLine* lines, int count);
 EMU_API int emu_known(const char* kernel);
-// 0, 1 for a bad configuration, 2 for a finding, 3 where the kernel could not be loaded.
+// 0, 1 for a bad configuration, 2 for a finding, 3 where the kernel could not be loaded, 4 where it is for a device of
+// a higher compute capability.
 EMU_API int emu_launch(const char* kernel, EmuDim3 grid, EmuDim3 block, void** args, size_t dynamic_shared);
 EMU_API const char* emu_finding();
-// "check" (1), "multiprocessors" (4), "shared_limit" (166912).
+// "check" (1), "multiprocessors" (4), "capability" (80; 90 runs kernels for sm_90a), "shared_limit" (166912; setting
+// the capability sets it too), "late" (1: copies and products are made when they are waited for; 0: at once), and
+// "strict_warpgroup", "strict_fence", "war_fence", "init_fence" (1: the stricter reading of a rule).
 EMU_API int emu_set(const char* option, int value);
 EMU_API int emu_get(const char* option);
 EMU_API void emu_plant(uint32_t site, int what);

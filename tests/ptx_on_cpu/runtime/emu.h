@@ -14,7 +14,22 @@ struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-enum class Op : uint8_t { none, barrier, shfl, vote, reduce, ldmatrix, stmatrix, mma, syncwarp };
+enum class Op : uint8_t {
+  none,
+  barrier,
+  shfl,
+  vote,
+  reduce,
+  ldmatrix,
+  stmatrix,
+  mma,
+  syncwarp,
+  elect,
+  setmaxnreg,
+  registers,
+  wgmma,
+  mbarrier
+};
 
 // A cp.async on its way: issued, not waited for.
 struct Copy {
@@ -38,6 +53,12 @@ struct Fiber {
   int barrier, group;
   std::vector<Copy> copies;
   Clock clock;
+  uint32_t fences, products, products_done;  // wgmma: fences, groups committed and waited for
+  uint32_t bulk, bulk_asked, bulk_read;      // groups of bulk copies: committed, of the last copy, waited for
+  uint32_t bulk_site;                        // of the last copy
+  uint32_t phase;                            // of the mbarrier that it waits for
+  int registers;
+  std::vector<uint32_t> reading;  // for each register that is a wgmma's A operand, the group that reads it
 };
 
 // A kernel of one translated file.
@@ -47,7 +68,8 @@ struct Kernel {
   int params;
   const int *offset, *size;
   size_t static_shared;
-  int max_threads;
+  int max_threads, registers, capability;  // registers a thread at launch
+  bool hardware;                           // has instructions that set hardware going: mbarriers, bulk copies, wgmma
   struct Constant {
     char* at;
     size_t bytes;
@@ -129,5 +151,63 @@ void stmatrix(const uint32_t* r, int count, bool trans, char* row, uint32_t site
 enum class Element : uint8_t { bf16, f16, tf32 };
 // d = a b + c of shape m16n8k`k`: the products are exact and are added in order of k in float32.
 void mma(Element e, int k, float* d, const uint32_t* a, const uint32_t* b, const float* c, uint32_t site);
+
+// ---- mbarriers
+void mbarrier_init(char* p, int count, uint32_t site);
+void mbarrier_inval(char* p, uint32_t site);
+// The state is the number of the phase that the arrival belongs to.
+uint64_t mbarrier_arrive(char* p, int count, uint32_t site);
+uint64_t mbarrier_expect(char* p, int64_t bytes, bool arrives, uint32_t site);
+// Whether the phase is over; a waiting form comes back when it is.
+bool mbarrier_parity(char* p, uint32_t parity, bool waits, uint32_t site);
+bool mbarrier_state(char* p, uint64_t state, bool waits, uint32_t site);
+void fence_proxy(bool shared, bool global, uint32_t site);
+void fence_mbarrier_init(uint32_t site);
+
+// ---- copies that hardware makes on its own
+void tensor_load(char* to, const void* map, int rank, const int* at, char* barrier, uint32_t site);
+enum class BulkOp : uint8_t { store, add, min, max };
+void tensor_store(BulkOp op, const void* map, int rank, const int* at, char* from, uint32_t site);
+void bulk_load(char* to, const char* from, uint32_t bytes, char* barrier, uint32_t site);
+enum class BulkType : uint8_t { none, u32, s32, u64, f32, f64, f16, bf16 };
+void bulk_store(BulkOp op, BulkType type, char* to, char* from, uint32_t bytes, uint32_t site);
+void bulk_commit(uint32_t site);
+void bulk_wait(int keep, bool read, uint32_t site);
+
+// ---- products of a warpgroup
+// d (m64n`n`, as bits) = a b + (keep ? d : 0), of matrices in shared memory by their descriptors, or a of registers.
+struct Wgmma {
+  Element e;
+  int n;
+  uint32_t* d;
+  const uint32_t* a;  // null: by its descriptor
+  uint64_t a_at, b_at;
+  bool keep;
+  int scale_a, scale_b, transpose_a, transpose_b;
+  uint32_t written;          // fences before the last write of an operand register, + 1
+  const uint16_t* a_number;  // which registers a is in
+};
+void wgmma(const Wgmma& w, uint32_t site);
+void wgmma_fence(uint32_t site);
+void wgmma_commit(uint32_t site);
+void wgmma_wait(int keep, uint32_t site);
+// A register whose product is under way holds a token, a signalling NaN that says which. Copies of it are tokens too.
+inline bool is_token(uint32_t v) { return (v & 0xffc00000u) == 0xff800000u && v != 0xff800000u; }
+uint32_t wgmma_value(uint32_t token, uint32_t site);
+void wgmma_overwrite(uint32_t token, uint32_t site);
+void fragment_written(int number, uint32_t site);
+template <class T>
+inline T& settled(T& r, uint32_t site) {
+  if (const auto v = as<uint32_t>(r); is_token(v)) r = as<T>(wgmma_value(v, site));
+  return r;
+}
+template <class T>
+inline void overwrite(const T& r, uint32_t site) {
+  if (const auto v = as<uint32_t>(r); is_token(v)) wgmma_overwrite(v, site);
+}
+
+// ---- warps with parts to play
+bool elect(uint32_t mask, uint32_t site);
+void setmaxnreg(int count, bool more, uint32_t site);
 
 }  // namespace emu

@@ -58,14 +58,14 @@ Word& word(uintptr_t address) {
   return (*last_page)[address % kPage / kWord];
 }
 
-[[noreturn]] void report(const char* kind, uintptr_t address, const Fiber& by, const char* how, uint32_t site,
+[[noreturn]] void report(const char* kind, uintptr_t address, const Actor& by, const char* how, uint32_t site,
                          const std::string& other) {
   std::string in = "global memory";
   for (const Extent& e : extents)
     if (address >= reinterpret_cast<uintptr_t>(e.at) && address < reinterpret_cast<uintptr_t>(e.at) + e.span)
       in = "byte " + std::to_string(address - reinterpret_cast<uintptr_t>(e.at)) + " of a tensor of " +
            std::to_string(e.span) + " bytes";
-  fail(std::string(kind) + " on " + in + ": thread " + std::to_string(by.flat) + " " + how + " at " + where(site) +
+  fail(std::string(kind) + " on " + in + ": " + agent_name(by.agent) + " " + how + " at " + where(site) +
        (other.empty() ? "" : ", " + other));
 }
 
@@ -73,50 +73,59 @@ std::string against(uint32_t block_number, unsigned thread, uint32_t site) {
   std::string s = "against ";
   if (thread == kSeveral) return s + "several blocks, the last at " + where(site);
   if (block_number != this_block) s += "another block, ";
-  return s + "thread " + std::to_string(thread) + " at " + where(site);
+  return s + agent_name(thread) + " at " + where(site);
 }
 
-void check_read(const Word& w, uintptr_t address, const Fiber& by, uint32_t site) {
+// An ordinary write of this block, which hardware on its own touches.
+void check_proxy(const Word& w, uintptr_t address, const Actor& by, const char* how, uint32_t site) {
+  if (by.async && agents.is_thread(w.writer) && !by.fenced(Space::global, w.writer, w.write_clock))
+    report("no fence.proxy.async between an ordinary write and the async proxy", address, by, how, site,
+           against(this_block, w.writer, w.write_site));
+}
+
+void check_read(const Word& w, uintptr_t address, const Actor& by, uint32_t site) {
   if (w.fresh) report("read of uninitialised bytes", address, by, "reads", site, "");
   if (w.write_block < first_block) return;
   if (w.write_block != this_block)
     report("read of what another block of the launch writes", address, by, "reads", site,
            against(w.write_block, w.writer, w.write_site));
-  if (!by.clock.knows(w.writer, w.write_clock))
+  if (!by.knows(w.writer, w.write_clock))
     report("read-after-write race", address, by, "reads", site, against(this_block, w.writer, w.write_site));
+  check_proxy(w, address, by, "reads", site);
 }
 
-void check_write(const Word& w, uintptr_t address, const Fiber& by, uint32_t site) {
+void check_write(const Word& w, uintptr_t address, const Actor& by, uint32_t site) {
   if (w.write_block >= first_block) {
     if (w.write_block != this_block)
       report("write of what another block of the launch writes", address, by, "writes", site,
              against(w.write_block, w.writer, w.write_site));
-    if (!by.clock.knows(w.writer, w.write_clock))
+    if (!by.knows(w.writer, w.write_clock))
       report("write-after-write race", address, by, "writes", site, against(this_block, w.writer, w.write_site));
+    check_proxy(w, address, by, "writes", site);
   }
   if (w.read_block < first_block) return;
   if (w.read_block != this_block || w.reader == kSeveral)
     report("write of what another block of the launch reads", address, by, "writes", site,
            against(w.read_block, w.reader, w.read_site));
-  if (!by.clock.knows(w.reader, w.read_clock))
+  if (!by.knows(w.reader, w.read_clock))
     report("write-after-read race", address, by, "writes", site, against(this_block, w.reader, w.read_site));
 }
 
-void note_read(Word& w, const Fiber& by, uint32_t site) {
+void note_read(Word& w, const Actor& by, uint32_t site) {
   const bool first = w.read_block < first_block;
   if (first) counts.read_once += kWord;
   const bool alone = first || (w.read_block == this_block && w.reader != kSeveral);
-  w.read_block = this_block, w.reader = alone ? static_cast<uint16_t>(by.flat) : kSeveral;
-  w.read_clock = by.clock.now(), w.read_site = site;
+  w.read_block = this_block, w.reader = alone ? static_cast<uint16_t>(by.agent) : kSeveral;
+  w.read_clock = by.now, w.read_site = site;
 }
 
-void note_write(Word& w, const Fiber& by, uint32_t site) {
+void note_write(Word& w, const Actor& by, uint32_t site) {
   if (w.write_block < first_block) counts.written_once += kWord;
   w.write_block = this_block, w.fresh = false;
-  w.writer = static_cast<uint16_t>(by.flat), w.write_clock = by.clock.now(), w.write_site = site;
+  w.writer = static_cast<uint16_t>(by.agent), w.write_clock = by.now, w.write_site = site;
 }
 
-Extent& find(const char* p, int bytes, Access access, const Fiber& by, uint32_t site) {
+Extent& find(const char* p, int bytes, Access access, const Actor& by, uint32_t site) {
   Extent* readable = nullptr;
   for (auto e = extents.begin(); e != extents.end(); ++e)
     if (e->contains(p, bytes)) {
@@ -163,16 +172,17 @@ void add_extent(Extent e, const int64_t* sizes, const int64_t* strides, int dims
 void global_start_launch() { first_block = this_block + 1; }
 void global_start_block() { this_block++; }
 
-void global_access(const char* p, int bytes, Access access, Fiber& by, uint32_t site) {
+void global_access(const char* p, int bytes, Access access, const Actor& by, uint32_t site) {
   const auto address = reinterpret_cast<uintptr_t>(p);
   Extent& e = find(p, bytes, access, by, site);
-  counts.accesses++, counts.accesses16 += bytes == 16;
+  if (!by.async) counts.accesses++, counts.accesses16 += bytes == 16;
   if (access == Access::atomic) {
     counts.atomics++;
     for (uintptr_t a = address; a < address + bytes; a += kWord) word(a).fresh = false;
     return;
   }
   (access == Access::read ? counts.read : counts.written) += bytes;
+  if (by.async) (access == Access::read ? counts.bulk_read : counts.bulk_written) += bytes;
   (access == Access::read ? e.read : e.written) += bytes;
   if (bytes % kWord) return;  // single bytes: bounds only
   for (uintptr_t a = address; a < address + bytes; a += kWord) {

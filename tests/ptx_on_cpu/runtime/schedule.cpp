@@ -93,13 +93,18 @@ char* stack(unsigned i) {
 
 void end_of_thread() {
   Fiber* me = current;
-  if (checking) check_copies_done();
+  if (checking) check_copies_done(), check_bulk_read(), check_wgmma_done();
   me->done = true;
   Warp& w = block.warps[me->warp];
   w.alive &= ~(1u << me->lane), w.ready &= ~(1u << me->lane);
   block.alive--;
   thread_leaves_barriers();
-  if (!block.alive) check_barriers_empty();
+  if (block.alive) return;
+  check_barriers_empty();
+  if (checking) check_bulk_done();
+  while (bulk_deliver()) {
+  }
+  if (checking) check_mbarriers_done(), check_registers();
 }
 
 void leave_warp();
@@ -127,9 +132,22 @@ void* first_frame(char* bottom) {
 }
 
 std::string waits_in(const Fiber& f) {
-  static const char* const names[] = {"nothing",  "a barrier", "shfl", "vote",    "redux",
-                                      "ldmatrix", "stmatrix",  "mma",  "syncwarp"};
-  std::string s = f.op == Op::barrier ? describe_barrier(f.barrier) : names[static_cast<int>(f.op)];
+  static const char* const names[] = {"nothing", "a barrier", "shfl",  "vote",       "redux", "ldmatrix", "stmatrix",
+                                      "mma",     "syncwarp",  "elect", "setmaxnreg", "",      "wgmma"};
+  std::string s;
+  switch (f.op) {
+    case Op::barrier:
+      s = describe_barrier(f.barrier);
+      break;
+    case Op::mbarrier:
+      s = describe_mbarrier(f);
+      break;
+    case Op::registers:
+      s = describe_pool(f.warp);
+      break;
+    default:
+      s = names[static_cast<int>(f.op)];
+  }
   return s + " at " + where(f.site);
 }
 
@@ -151,6 +169,17 @@ void complete(Warp& w, Fiber* lanes, uint32_t mask, Together f) {
   f(lanes, mask);
   w.arrived &= ~mask;
   w.ready |= mask;
+}
+
+void number_agents() {
+  const unsigned n = block.threads;
+  agents = Agents{};
+  agents.threads = agents.all = n;
+  agents.proxies = kernel->hardware;
+  if (!kernel->hardware) return;
+  agents.source = n, agents.target = 2 * n, agents.wgmma = 3 * n;
+  agents.arrival = agents.wgmma + (n + 127) / 128 * 4;
+  agents.all = agents.arrival + kMbarriers;
 }
 
 // A lane that ends no longer counts in a collective that others wait in.
@@ -181,15 +210,29 @@ void sleep_now() { block.warps[current->warp].ready &= ~(1u << current->lane); }
 void pause() {
   Fiber* me = current;
   const size_t warps = block.warps.size();
-  for (size_t i = 0; i < warps; i++) {
-    const size_t w = (me->warp + i) % warps;
-    if (!block.warps[w].ready) continue;
-    current = &block.fibers[w * 32 + __builtin_ctz(block.warps[w].ready)];
-    if (current != me) emu_switch(&me->sp, current->sp);
-    return;
-  }
+  do {
+    for (size_t i = 0; i < warps; i++) {
+      const size_t w = (me->warp + i) % warps;
+      if (!block.warps[w].ready) continue;
+      current = &block.fibers[w * 32 + __builtin_ctz(block.warps[w].ready)];
+      if (current != me) emu_switch(&me->sp, current->sp);
+      return;
+    }
+  } while (bulk_deliver());
   if (block.alive) fail(deadlock());
   emu_switch(&me->sp, block.scheduler_sp);
+}
+
+void yield_to_others() {
+  Fiber* me = current;
+  const unsigned n = block.threads;
+  for (unsigned i = 1; i < n; i++) {
+    Fiber& f = block.fibers[(me->flat + i) % n];
+    if (!(block.warps[f.warp].ready >> f.lane & 1)) continue;
+    current = &f;
+    emu_switch(&me->sp, f.sp);
+    return;
+  }
 }
 
 void collective(Op op, void* args, Together f, uint32_t named, uint32_t site, bool aligned) {
@@ -225,7 +268,10 @@ void run_block(const char* p) {
   params = p;
   block.alive = block.threads;
   branches_left = kBranches;
-  const auto nothing = std::make_shared<const Known>(block.threads, 0);
+  number_agents();
+  const auto nothing = std::make_shared<const Known>(agents.words(), 0);
+  forget_joins();
+  mbarriers_start(), bulk_start(), wgmma_start(), registers_start();
   for (auto& w : block.warps) w = Warp{};
   for (auto& b : block.barriers) b = Barrier{};
   for (unsigned i = 0; i < block.threads; i++) {
@@ -233,7 +279,9 @@ void run_block(const char* p) {
     f.flat = i, f.lane = i % 32, f.warp = i / 32;
     f.tid = {i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y)};
     f.site = 0, f.mask = 0, f.args = nullptr, f.op = Op::none, f.done = false, f.barrier = 0, f.group = 0;
-    f.copies.clear();
+    f.copies.clear(), f.reading.clear();
+    f.fences = f.products = f.products_done = f.bulk = f.bulk_asked = f.bulk_read = f.bulk_site = f.phase = 0;
+    f.registers = kernel->registers;
     f.clock.start(i, nothing);
     f.stack = stack(i);
     f.sp = first_frame(f.stack);

@@ -18,7 +18,8 @@ constexpr size_t kCell = 2, kPage = 4096;
 constexpr size_t kAlign = size_t{1} << 24;
 constexpr int kReaders = 3;
 
-enum class State : uint8_t { none, written, atomic, in_flight };
+// Written by threads, on the way by cp.async or by a bulk copy, brought by a bulk copy, an mbarrier.
+enum class State : uint8_t { none, written, atomic, in_flight, copying, copied, barrier };
 struct Reader {
   uint32_t clock, site;
   uint32_t agent;
@@ -26,8 +27,8 @@ struct Reader {
 struct Cell {
   uint32_t clock, site, agent;
   State state;
-  uint8_t readers;
-  uint32_t more;  // index into `overflow`, 0 for none
+  uint8_t readers, swizzle;  // 1 + the swizzle of the tensor map that brought the bytes
+  uint32_t more;             // index into `overflow`, 0 for none
   Reader reader[kReaders];
 };
 
@@ -35,37 +36,46 @@ std::vector<Cell> cells;
 std::vector<std::vector<Reader>> overflow;
 size_t bytes_;
 
-[[noreturn]] void report(const char* kind, size_t offset, const char* how, const Fiber& by, uint32_t site, int other,
+[[noreturn]] void report(const char* kind, size_t offset, const char* how, const Actor& by, uint32_t site, int other,
                          uint32_t other_site) {
-  std::string m = std::string(kind) + " on byte " + std::to_string(offset) + " of shared memory: thread " +
-                  std::to_string(by.flat) + " " + how + " at " + where(site);
-  if (other >= 0) m += ", against thread " + std::to_string(other) + " at " + where(other_site);
+  std::string m = std::string(kind) + " on byte " + std::to_string(offset) +
+                  " of shared memory: " + agent_name(by.agent) + " " + how + " at " + where(site);
+  if (other >= 0) m += ", against " + agent_name(static_cast<unsigned>(other)) + " at " + where(other_site);
   fail(m);
 }
 
 const char* verb(Access a) { return a == Access::read ? "reads" : a == Access::write ? "writes" : "updates"; }
 
-void check_write_after(const Cell& c, size_t offset, Access access, const Fiber& by, uint32_t site) {
+void check_write_after(const Cell& c, size_t offset, Access access, const Actor& by, uint32_t site) {
   const auto check = [&](const Reader& r) {
-    if (!by.clock.knows(r.agent, r.clock))
+    if (!by.knows(r.agent, r.clock))
       report("write-after-read race", offset, verb(access), by, site, static_cast<int>(r.agent), r.site);
+    if (by.async && strict.war_fence && agents.is_thread(r.agent) && !by.fenced(Space::shared, r.agent, r.clock))
+      report("no fence.proxy.async between ordinary reads and a write of the async proxy", offset, verb(access), by,
+             site, static_cast<int>(r.agent), r.site);
   };
   std::for_each(c.reader, c.reader + c.readers, check);
   if (c.more) std::for_each(overflow[c.more].begin(), overflow[c.more].end(), check);
 }
 
-void note_write(Cell& c, Access access, const Fiber& by, uint32_t site) {
-  c.readers = 0;
+void note_write(Cell& c, Access access, const Actor& by, uint32_t site) {
+  c.readers = 0, c.swizzle = 0;
   if (c.more) overflow[c.more].clear();
   c.state = access == Access::atomic ? State::atomic : State::written;
-  c.agent = by.flat, c.clock = by.clock.now(), c.site = site;
+  c.agent = by.agent, c.clock = by.now, c.site = site;
 }
 
-// A reader that the new one knows of is covered by it: whoever is ordered after the new one is after both.
-void note_read(Cell& c, const Fiber& by, uint32_t site) {
-  const Reader now{by.clock.now(), site, by.flat};
+// Whoever is ordered after the new reader is after the old one too, its fence included.
+bool covers(const Actor& by, const Reader& r) {
+  if (r.agent == by.agent) return true;
+  return by.knows(r.agent, r.clock) &&
+         (!agents.proxies || !agents.is_thread(r.agent) || by.fenced(Space::shared, r.agent, r.clock));
+}
+
+void note_read(Cell& c, const Actor& by, uint32_t site) {
+  const Reader now{by.now, site, by.agent};
   for (int i = 0; i < c.readers; i++)
-    if (by.clock.knows(c.reader[i].agent, c.reader[i].clock)) {
+    if (covers(by, c.reader[i])) {
       c.reader[i] = now;
       return;
     }
@@ -85,19 +95,28 @@ void note_read(Cell& c, const Fiber& by, uint32_t site) {
     *same = now;
 }
 
-void check_cell(const Cell& c, size_t offset, Access access, const Fiber& by, uint32_t site) {
+void check_cell(const Cell& c, size_t offset, Access access, const Actor& by, uint32_t site) {
   const char* how = verb(access);
   const int writer = static_cast<int>(c.agent);
-  if (c.state == State::none) {
-    if (access != Access::write) report("read of uninitialised bytes", offset, how, by, site, -1, 0);
-    return;
+  switch (c.state) {
+    case State::none:
+      if (access != Access::write) report("read of uninitialised bytes", offset, how, by, site, -1, 0);
+      return;
+    case State::in_flight:
+      report("access to bytes whose cp.async has not been waited for", offset, how, by, site, writer, c.site);
+    case State::copying:
+      report("access to bytes that a bulk copy is still writing", offset, how, by, site, writer, c.site);
+    case State::barrier:
+      report("access to an mbarrier", offset, how, by, site, writer, c.site);
+    default:
+      break;
   }
-  if (c.state == State::in_flight)
-    report("access to bytes whose cp.async has not been waited for", offset, how, by, site, writer, c.site);
   if (c.state == State::atomic && access == Access::atomic) return;
-  if (!by.clock.knows(c.agent, c.clock))
+  if (!by.knows(c.agent, c.clock))
     report(access == Access::read ? "read-after-write race" : "write-after-write race", offset, how, by, site, writer,
            c.site);
+  if (by.async && c.state != State::copied && !by.fenced(Space::shared, c.agent, c.clock))
+    report("no fence.proxy.async between an ordinary write and the async proxy", offset, how, by, site, writer, c.site);
 }
 
 void mark_in_flight(const Copy& c, uint32_t site) {
@@ -135,7 +154,7 @@ void shared_start(size_t bytes) {
   overflow.assign(1, {});
 }
 
-void shared_access(size_t offset, int bytes, Access access, Fiber& by, uint32_t site) {
+void shared_access(size_t offset, size_t bytes, Access access, const Actor& by, uint32_t site) {
   if (offset + bytes > bytes_) report("access out of bounds", offset, verb(access), by, site, -1, 0);
   if (bytes % kCell) report("single bytes of shared memory are not modelled", offset, verb(access), by, site, -1, 0);
   for (size_t i = offset / kCell; i < (offset + bytes) / kCell; i++) {
@@ -148,6 +167,26 @@ void shared_access(size_t offset, int bytes, Access access, Fiber& by, uint32_t 
       note_write(c, access, by, site);
     }
   }
+}
+
+void shared_copying(size_t offset, size_t bytes, const Actor& by, uint32_t site) {
+  shared_access(offset, bytes, Access::write, by, site);
+  for (size_t i = offset / kCell; i < (offset + bytes) / kCell; i++) cells[i].state = State::copying;
+}
+
+void shared_copied(size_t offset, size_t bytes, uint32_t when, int swizzle) {
+  for (size_t i = offset / kCell; i < (offset + bytes) / kCell; i++)
+    cells[i].state = State::copied, cells[i].clock = when, cells[i].swizzle = static_cast<uint8_t>(1 + swizzle);
+}
+
+void shared_barrier(size_t offset, bool live) {
+  for (size_t i = offset / kCell; i < (offset + 8) / kCell; i++)
+    cells[i].state = live ? State::barrier : State::written;
+}
+
+int shared_swizzle(size_t offset) {
+  const Cell& c = cells[offset / kCell];
+  return c.state == State::copied ? c.swizzle - 1 : -1;
 }
 
 void cp_async(char* to, const void* from, int bytes, int from_bytes, uint32_t site) {
