@@ -70,6 +70,10 @@ performance-docs: build $(STAMPS)/sample ## measure on this machine and write do
 TRANSFORMERS := 5.20.2+kernels==0.17.2 5.22.2+kernels==0.17.2 5.23.0
 HF_TESTS := tests/test_patch.py tests/test_patch_cache.py tests/test_patch_train.py tests/test_hub_kernels.py
 
+.PHONY: hf-demo
+hf-demo: build $(STAMPS)/sample ## a real model under transformers with and without the patch; docs/huggingface.md
+	$(BIN)/python -m bench.hf_study --out docs/huggingface --page docs/huggingface.md
+
 .PHONY: test-transformers
 test-transformers: build ## the Hugging Face tests on three versions of transformers
 	@for versions in $(TRANSFORMERS); do \
