@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +113,7 @@ def runtime() -> ctypes.CDLL:
     library.emu_launch_counts.restype = ctypes.POINTER(ctypes.c_uint64)
     library.emu_set.argtypes = [text, ctypes.c_int]
     library.emu_plant.argtypes = [ctypes.c_uint32, ctypes.c_int]
+    library.emu_planted.restype = ctypes.c_uint64
     library.emu_loader(_loader)
     return library
 
@@ -253,11 +254,11 @@ def option(name: str, value: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def planted(site: int, fault: str) -> Iterator[None]:
+def planted(site: int, fault: str) -> Iterator[Callable[[], int]]:
     """Makes the instruction at a site go wrong for a while: barriers, fences and copies `skip`, waits `wait_one_less`,
-    copies `whole_copy`, mma `swap`, matrix loads `flip`."""
+    copies `whole_copy`, mma `swap`, matrix loads `flip`. Yields a function that says how often that happened."""
     runtime().emu_plant(site, PLANTS.index(fault))
     try:
-        yield
+        yield runtime().emu_planted
     finally:
         runtime().emu_plant(0, 0)

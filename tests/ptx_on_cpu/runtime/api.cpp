@@ -18,6 +18,7 @@ std::string finding;
 bool checking = true;
 uint32_t planted_site;
 Plant planted = Plant::none;
+uint64_t planted_times;
 int64_t branches_left;
 Dim3 block_index, block_size, grid_size;
 
@@ -191,7 +192,9 @@ int emu_get(const char* option) { return options.count(option) ? options[option]
 void emu_plant(uint32_t site, int what) {
   planted_site = site;
   planted = static_cast<Plant>(what);
+  planted_times = 0;
 }
+uint64_t emu_planted() { return planted_times; }
 
 int emu_launches() { return static_cast<int>(launches.size()); }
 const char* emu_launch_kernel(int i) { return std::next(launches.begin(), i)->kernel.c_str(); }

@@ -44,6 +44,8 @@ EMU_API const char* emu_finding();
 EMU_API int emu_set(const char* option, int value);
 EMU_API int emu_get(const char* option);
 EMU_API void emu_plant(uint32_t site, int what);
+// How often the fault was met since it was planted.
+EMU_API uint64_t emu_planted();
 
 // ---- what the launches since emu_clear_launches did
 EMU_API int emu_launches();

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "arith.h"
@@ -58,7 +59,8 @@ struct Fiber {
   uint32_t bulk_site;                        // of the last copy
   uint32_t phase;                            // of the mbarrier that it waits for
   int registers;
-  std::vector<uint32_t> reading;  // for each register that is a wgmma's A operand, the group that reads it
+  // For each register that is an A operand: the group of wgmma that reads it, and the site.
+  std::vector<std::pair<uint32_t, uint32_t>> reading;
 };
 
 // A kernel of one translated file.
@@ -86,10 +88,15 @@ extern char* arena;            // the block's shared memory
 extern uint32_t dynamic_at;    // where its dynamic part starts
 extern uint32_t planted_site;  // 0: none
 extern Plant planted;
+extern uint64_t planted_times;  // that the fault was met
 extern int64_t branches_left;
 extern Dim3 block_index, block_size, grid_size;
 
-inline bool plant(Plant what, uint32_t site) { return site == planted_site && what == planted; }
+inline bool plant(Plant what, uint32_t site) {
+  if (site != planted_site || what != planted) return false;
+  planted_times++;
+  return true;
+}
 
 // Ends the launch with a finding.
 [[noreturn]] void fail_at(const char* what, uint32_t site);

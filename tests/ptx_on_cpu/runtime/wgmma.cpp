@@ -15,7 +15,7 @@ constexpr uint32_t kVersions = 512;
 struct Sums {
   std::vector<float> v;
   int n = 0;
-  uint32_t version = 0, group = 0, touched = 0;
+  uint32_t version = 0, group = 0, touched = 0, site = 0;
 };
 struct Product {
   unsigned sums;
@@ -140,7 +140,7 @@ std::vector<float> fragments(Fiber* lanes, Element e, uint32_t group) {
       }
       auto& reading = lanes[t].reading;
       if (reading.size() <= w.a_number[q]) reading.resize(w.a_number[q] + 1u);
-      reading[w.a_number[q]] = group;
+      reading[w.a_number[q]] = {group, lanes[t].site};
     }
   }
   return a;
@@ -173,7 +173,7 @@ void start(Group& g, Fiber* lanes, uint32_t site) {
   const uint32_t group = lanes[0].products + 1;
   const unsigned held = continued(g, lanes, w, site), id = held < kSums ? held : begun(g, lanes, w, site);
   Sums& s = g.sums[id];
-  s.version++, s.group = group, s.touched = ++g.turn;
+  s.version++, s.group = group, s.touched = ++g.turn, s.site = site;
   Product p{id,
             w.keep,
             group,
@@ -261,7 +261,7 @@ uint32_t wgmma_value(uint32_t t, uint32_t site) {
   if (s.version % kVersions != version_of(t)) fail_at("read of a copy of sums that have since changed", site);
   if (s.group > me.products_done)
     fail("read of sums before wgmma.wait_group: of group " + std::to_string(s.group) + ", waited for " +
-         std::to_string(me.products_done) + ", at " + where(site));
+         std::to_string(me.products_done) + ", at " + where(site) + ", against wgmma at " + where(s.site));
   return as<uint32_t>(s.v[place(me.flat % kLanes, static_cast<int>(t & 127), s.n)]);
 }
 
@@ -269,13 +269,14 @@ void wgmma_overwrite(uint32_t t, uint32_t site) {
   const Fiber& me = *current;
   const Sums& s = groups[warpgroup(me)].sums[sums_of(t)];
   if (s.version % kVersions == version_of(t) && s.group > me.products_done)
-    fail_at("write of a register whose wgmma is under way", site);
+    fail("write of a register whose wgmma is under way at " + where(site) + ", against wgmma at " + where(s.site));
 }
 
 void fragment_written(int number, uint32_t site) {
   const Fiber& me = *current;
-  if (static_cast<size_t>(number) < me.reading.size() && me.reading[number] > me.products_done)
-    fail_at("write of a register that a wgmma under way reads", site);
+  if (static_cast<size_t>(number) >= me.reading.size() || me.reading[number].first <= me.products_done) return;
+  fail("write of a register that a wgmma under way reads at " + where(site) + ", against wgmma at " +
+       where(me.reading[number].second));
 }
 
 }  // namespace emu
