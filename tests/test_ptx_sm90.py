@@ -71,6 +71,7 @@ TILE_FAULTS = [
     ({"by_threads": 1}, 45, "no fence.proxy.async between an ordinary write"),
     ({"twice": 1}, 44, "no fence.proxy.async between ordinary reads"),
     ({"twice": 1}, 46, "write-after-read race"),
+    ({"twice": 1}, 47, "read as a sum, after the last wgmma.fence"),
 ]
 
 
@@ -177,7 +178,7 @@ PIPELINE_FAULTS = {
     32: "read of sums before wgmma.wait_group",
     18: "write of a register that a wgmma under way reads",
     10: "first wgmma without a wgmma.fence",
-    11: "written after the last wgmma.fence",
+    11: "written, or read as a sum, after the last wgmma.fence",
     2: "no fence.proxy.async between an ordinary write",
     34: "no fence.proxy.async between an ordinary write",
     12: "no fence.mbarrier_init",
@@ -194,16 +195,16 @@ PIPELINE_FAULTS = {
     7: "bulk copy is still writing",
     14: "arrival at an mbarrier beyond its count",
     38: "arrival at an mbarrier beyond its count",
-    15: "write-after-read race .* a copy to mbarrier .* against wgmma of warpgroup",
-    39: "write-after-read race .* a copy to mbarrier .* against wgmma of warpgroup",
-    33: "write-after-read race .* a copy to mbarrier .* against wgmma of warpgroup",
-    41: "read-after-write race .* wgmma of warpgroup .* against a copy to mbarrier",
+    15: "write-after-read race .* a copy for the mbarrier .* against wgmma of warpgroup",
+    39: "write-after-read race .* a copy for the mbarrier .* against wgmma of warpgroup",
+    33: "write-after-read race .* a copy for the mbarrier .* against wgmma of warpgroup",
+    41: "read-after-write race .* wgmma of warpgroup .* against a copy for the mbarrier",
     29: "read-after-write race .* a bulk copy of thread",
     20: "ends before its bulk copy has read shared memory",
     19: "write-after-read race .* against wgmma of warpgroup",
     27: "used with different counts",
     26: r"setmaxnreg.inc \(512 registers free, 2560 needed\)",
-    40: "bulk copy is still writing .* a copy to mbarrier .* against a copy to mbarrier",
+    40: "bulk copy is still writing .* a copy for the mbarrier .* against a copy for the mbarrier",
     24: "",
     31: "",
 }

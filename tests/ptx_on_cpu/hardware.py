@@ -159,7 +159,7 @@ def wgmma(b, m, a):
     fields = [f"emu::Element::{m['e']}", n, "d", "qa" if left else "nullptr", "0" if left else b.v(a[1], "u64")]
     fields += [b.v(a[2], "u64"), b.v(a[3], "pred"), *(b.v(x, "s32") for x in a[4:6])]
     fields += [*([] if not left else ["0"]), *(b.v(x, "s32") for x in a[6:])]
-    fields += [b.last_written([*sums, *left]), "numbers" if left else "nullptr"]
+    fields += [b.last_touched([*sums, *left]), "numbers" if left else "nullptr"]
     out = " ".join(f"{b.raw(x)} = emu::as<decltype({b.raw(x)})>(d[{i}]);" for i, x in enumerate(sums))
     call = f"const emu::Wgmma w{{{', '.join(map(str, fields))}}}; emu::wgmma(w, {b.site});"
     return f"{{ {arrays} {call} {out} }}"

@@ -213,7 +213,7 @@ class Body:
         self.flow.sums.update(self.raw(x) for x in sums)
         return [self.flow.left.setdefault(self.raw(x), len(self.flow.left)) for x in left]
 
-    def last_written(self, operands: list[str]) -> str:
+    def last_touched(self, operands: list[str]) -> str:
         known = [f"w_{name}" for name in map(self.raw, operands) if name in self.operands]
         return f"std::max({{{', '.join(['0u', *known])}}})"
 
@@ -226,6 +226,8 @@ class Body:
 
     def _value(self, x: str) -> str:
         if (register := self.register(x)) is not None:
+            if register in self.sums:
+                return f"emu::read_sum({register}, w_{register}, {self.site})"
             return f"emu::settled({register}, {self.site})" if register in self.tokens else register
         if x in SPECIAL:
             return SPECIAL[x]

@@ -20,7 +20,8 @@ bool Actor::fenced(Space space, unsigned other, uint32_t when) const {
 
 std::string agent_name(unsigned agent) {
   if (agents.is_thread(agent)) return "thread " + std::to_string(agent);
-  if (agent >= agents.arrival) return "a copy to mbarrier " + std::to_string(agent - agents.arrival);
+  if (agent >= agents.arrival)
+    return "a copy for the mbarrier at byte " + std::to_string(mbarrier_offset(agent - agents.arrival));
   if (agent >= agents.wgmma) return "wgmma of warpgroup " + std::to_string((agent - agents.wgmma) / 4);
   return "a bulk copy of thread " + std::to_string((agent - agents.source) % agents.threads);
 }

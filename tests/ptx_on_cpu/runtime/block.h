@@ -100,6 +100,7 @@ void global_start_block();
 void mbarriers_start();
 unsigned mbarrier_at(const char* p, uint32_t site);  // its number
 unsigned mbarrier_for_copy(const char* p, uint32_t site);
+size_t mbarrier_offset(unsigned number);
 uint32_t mbarrier_next(unsigned number);  // the phase that is under way, as a clock
 void mbarrier_copied(unsigned number, int64_t bytes, uint32_t site);
 void mbarriers_fenced();  // the current thread has fenced

@@ -191,7 +191,7 @@ struct Wgmma {
   uint64_t a_at, b_at;
   bool keep;
   int scale_a, scale_b, transpose_a, transpose_b;
-  uint32_t written;          // fences before the last write of an operand register, + 1
+  uint32_t touched;          // fences before the last access to an operand register, + 1
   const uint16_t* a_number;  // which registers a is in
 };
 void wgmma(const Wgmma& w, uint32_t site);
@@ -207,6 +207,12 @@ template <class T>
 inline T& settled(T& r, uint32_t site) {
   if (const auto v = as<uint32_t>(r); is_token(v)) r = as<T>(wgmma_value(v, site));
   return r;
+}
+// A register of sums is read: a wgmma that has it next needs a fence after that.
+template <class T>
+inline T& read_sum(T& r, uint32_t& touched, uint32_t site) {
+  touched = current->fences + 1;
+  return settled(r, site);
 }
 template <class T>
 inline void overwrite(const T& r, uint32_t site) {

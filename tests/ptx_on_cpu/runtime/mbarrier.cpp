@@ -112,6 +112,7 @@ unsigned mbarrier_for_copy(const char* p, uint32_t site) {
   return mbarrier_at(p, site);
 }
 
+size_t mbarrier_offset(unsigned number) { return mbarriers[number].at; }
 uint32_t mbarrier_next(unsigned number) { return mbarriers[number].phase + 1; }
 
 void mbarrier_copied(unsigned number, int64_t bytes, uint32_t site) {

@@ -93,7 +93,8 @@ void check_same(const Fiber* lanes, uint32_t site) {
     if (f.products != lanes[0].products)
       fail_at("threads of a warpgroup have committed different groups of wgmma", site);
     if (!f.fences) fail_at("first wgmma without a wgmma.fence", site);
-    if (w.written > f.fences) fail_at("wgmma with a register that was written after the last wgmma.fence", site);
+    if (w.touched > f.fences)
+      fail_at("wgmma with a register that was written, or read as a sum, after the last wgmma.fence", site);
   }
 }
 
