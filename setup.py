@@ -27,7 +27,7 @@ X86_TIERS = {
     "base": (4, ""),
     "avx2": (8, "-mavx2 -mfma -mf16c -mbmi2"),
     "avx512": (16, AVX512),
-    "avx512bf16": (16, AVX512 + " -mavx512bf16"),
+    "avx512bf16": (16, AVX512 + " -mavx512bf16 -mavx512vnni"),
 }
 OTHER_TIERS = {"base": (4, "")}
 # -ffp-contract=fast lets a*b+c become one FMA; -fno-math-errno and -fno-trapping-math free the vectoriser.

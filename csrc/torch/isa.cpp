@@ -22,7 +22,8 @@ bool supported(int wanted) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
-  const bool each[] = {true, avx2, avx512, avx512 && __builtin_cpu_supports("avx512bf16")};
+  const bool each[] = {true, avx2, avx512,
+                       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")};
   return each[wanted];
 #else
   return wanted == 0;

@@ -1,0 +1,300 @@
+// x by rows of codes. A "piece" is 8 * lanes elements of a row: one vector of int4 or NF4 codes, two of int8. Codes
+// stay in the order of memory, and x is put in the order in which a vector of codes comes apart by shifts.
+#include "cpu/quant_linear.h"
+
+#include "cpu/quant_math.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+constexpr int piece = 8 * lanes, together = lanes == 16 ? 8 : 4;
+
+int64_t pieces_of(int64_t k) { return (k + piece - 1) / piece; }
+
+// ---- x as the kernels take it ----
+
+// Of each row: the pieces (16 or 32 bits an element), what int4's eights take away or what offsets multiply, scales.
+struct Prepared {
+  const int16_t* halves;
+  const float* floats;
+  const int32_t* start;  // minus 8 times the sums over the elements of each lane
+  const float *sums, *scale;
+};
+
+struct Layout {
+  int64_t pieces, sums, scale, row;  // offsets in bytes
+  explicit Layout(int64_t k)
+      : pieces(pieces_of(k)),
+        sums(pieces * piece * int64_t{sizeof(float)}),
+        scale(sums + pieces * lanes * 8),
+        row(round_up(scale + pieces * 4, 64)) {}
+  Prepared at(char* memory, int64_t i) const {
+    const char* p = memory + i * row;
+    const auto* const start = (const int32_t*)(p + sums);
+    return {(const int16_t*)p, (const float*)p, start, (const float*)(start + pieces * lanes),
+            (const float*)(p + scale)};
+  }
+};
+
+int64_t prepared_bytes(const QuantWeight& w, int64_t rows) { return Layout(w.k).row * rows; }
+
+// Where element e of a piece goes. Halves: of a half word of half-byte codes the four lie in four vectors; of int8, the
+// two in two. Words: likewise, of a whole lane.
+template <bool half_bytes, bool halves>
+MK_INLINE int place(int e) {
+  constexpr int width = halves ? 2 * lanes : lanes, unit = halves ? 2 : 4;  // bytes of a lane
+  if constexpr (half_bytes) {
+    const int byte = e / 32 * 16 + e % 16, high = e / 16 % 2;
+    return (2 * (byte % unit) + high) * width + byte / unit;
+  } else {
+    const int byte = e % (4 * lanes);
+    return (e / (4 * lanes) * unit + byte % unit) * width + byte / unit;
+  }
+}
+
+template <bool half_bytes>
+MK_INLINE void sum_lanes(const int16_t* from, int32_t* start, float* sums, float scale) {
+  vi total = {};
+  for (int v = 0; v < 4; v++) total = dot_pairs(total, load_words<vs>(from + v * 2 * lanes), vs{} + int16_t{1});
+  store_words(start, total * -8);
+  store(sums, to_float(total) * scale);
+}
+
+// One piece, in float32; past `count` zeros.
+template <bool half_bytes>
+bool prepare_halves(const float* x, int16_t* to, int32_t* start, float* sums, float* scale) {
+  vf largest = {};
+  for (int i = 0; i < piece; i += lanes) {
+    const vf a = magnitude(load(x + i));
+    largest = largest >= a ? largest : a;  // a nan stays
+  }
+  const float most = max(largest);
+  if (!(most <= 1e30f) || (most > 0 && most < 1e-30f)) return false;
+  for (int i = 0; i < lanes; i++)
+    if (!(largest[i] <= most)) return false;
+  const float per_unit = most > 0 ? 32767.f / most : 0.f;
+  int32_t rounded[piece];
+  for (int i = 0; i < piece; i += lanes) store_words(rounded + i, to_int(load(x + i) * per_unit));
+  for (int e = 0; e < piece; e++) to[place<half_bytes, true>(e)] = (int16_t)rounded[e];
+  *scale = most / 32767.f;
+  if (half_bytes) sum_lanes<half_bytes>(to, start, sums, *scale);
+  return true;
+}
+
+template <bool half_bytes>
+void prepare_floats(const float* x, float* to, float* sums) {
+  for (int e = 0; e < piece; e++) to[place<half_bytes, false>(e)] = x[e];
+  vf total = {};
+  for (int v = 0; v < 8; v++) total += load(to + v * lanes);
+  store(sums, total);
+}
+
+template <class T, bool half_bytes>
+bool prepare_row(const T* x, int64_t k, bool fixed, const Prepared& p) {
+  for (int64_t c = 0; c * piece < k; c++) {
+    float values[piece] = {};
+    const int64_t count = least(piece, k - c * piece);
+    for (int64_t i = 0; i < count; i += lanes)
+      store(values + i, i + lanes <= count ? load(x + c * piece + i) : load_n(x + c * piece + i, count - i));
+    if (!fixed)
+      prepare_floats<half_bytes>(values, (float*)p.floats + c * piece, (float*)p.sums + c * lanes);
+    else if (!prepare_halves<half_bytes>(values, (int16_t*)p.halves + c * piece, (int32_t*)p.start + c * lanes,
+                                         (float*)p.sums + c * lanes, (float*)p.scale + c))
+      return false;
+  }
+  return true;
+}
+
+template <class T>
+bool prepare(const QuantWeight& w, const QuantRows& rows) {
+  const Layout layout(w.k);
+  for (int64_t i = 0; i < rows.rows; i++) {
+    const T* x = (const T*)rows.x + i * rows.x_row;
+    const Prepared p = layout.at(rows.memory, i);
+    if (!(w.kind == Codes::int8 ? prepare_row<T, false>(x, w.k, rows.fixed, p)
+                                : prepare_row<T, true>(x, w.k, rows.fixed, p)))
+      return false;
+  }
+  return true;
+}
+
+// ---- one piece of x by one of codes ----
+
+// `vectors` of codes in a piece; each times its part of x is one vector of sums, which a scale multiplies.
+template <Codes kind, bool fixed>
+struct Product {
+  static constexpr int vectors = kind == Codes::int8 ? 2 : 1;
+
+  MK_INLINE vf of(const uint8_t* codes, const Prepared& p, int64_t c, int v) {
+    if constexpr (fixed) {
+      const int16_t* x = p.halves + c * piece + v * 4 * lanes;
+      const vs w = load_words<vs>(codes);
+      const auto part = [&](int i) __attribute__((always_inline)) { return load_words<vs>(x + i * 2 * lanes); };
+      if constexpr (kind == Codes::int8)
+        return to_float(dot_pairs(dot_pairs(vi{}, w << 8 >> 8, part(0)), w >> 8, part(1)));
+      vi sum = load_words<vi>(p.start + c * lanes);
+      sum = dot_pairs(sum, w & 15, part(0));
+      sum = dot_pairs(sum, w >> 4 & 15, part(1));
+      sum = dot_pairs(sum, w >> 8 & 15, part(2));
+      return to_float(dot_pairs(sum, (vs)((vus)w >> 12), part(3)));
+    } else {
+      const float* x = p.floats + c * piece + v * 4 * lanes;
+      vf sum[2] = {};
+      if constexpr (kind == Codes::int8) {
+        const vi w = load_words<vi>(codes);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum[i % 2] += to_float(w << (24 - 8 * i) >> 24) * load(x + i * lanes);
+      } else {
+        const vu w = load_words<vu>(codes);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+          sum[i % 2] += lookup(kind == Codes::int4 ? int4_table : nf4_table, w >> 4 * i) * load(x + i * lanes);
+      }
+      return sum[0] + sum[1];
+    }
+  }
+};
+
+// Adds one piece of `together` rows; a row has `per_piece` scales for it.
+template <Codes kind, bool fixed, int per_piece, bool with_offset>
+MK_INLINE void add_piece(const Prepared& p, int64_t c, const uint8_t* const* codes, const float* const* scale,
+                         const float* const* offset, vf* sums) {
+  using P = Product<kind, fixed>;
+  constexpr int parts = per_piece > P::vectors ? per_piece / P::vectors : 1;
+#pragma GCC unroll 8
+  for (int r = 0; r < together; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < P::vectors; v++) {
+      const int at = v * per_piece / P::vectors;
+      vf by = spread<parts>(scale[r] + at);
+      if constexpr (fixed) by *= p.scale[c];
+      sums[r] += P::of(codes[r] + v * 4 * lanes, p, c, v) * by;
+      if constexpr (with_offset) sums[r] += spread<parts>(offset[r] + at) * load(p.sums + c * lanes);
+    }
+}
+
+// The last piece of a row, where less than a whole one is left: copied, so that nothing is read past the codes.
+template <Codes kind, bool fixed, int per_piece, bool with_offset>
+__attribute__((noinline)) void add_rest(const QuantWeight& w, const Prepared& p, int64_t c, const uint8_t* const* codes,
+                                        const float* const* scale, const float* const* offset, vf* sums) {
+  constexpr int bytes = Product<kind, fixed>::vectors * 4 * lanes;
+  uint8_t copied[together][bytes] = {};
+  float scales[2][together][per_piece] = {};
+  const uint8_t* from[together];
+  const float *by[together], *more[together];
+  const int64_t row_bytes = kind == Codes::int8 ? w.k : (w.k + 31) / 32 * 16;
+  const int64_t at = w.group >= piece ? c * piece / w.group : c * per_piece, have = least(per_piece, w.groups - at);
+  for (int r = 0; r < together; r++) {
+    __builtin_memcpy(copied[r], codes[r] + c * bytes, row_bytes - c * bytes);
+    __builtin_memcpy(scales[0][r], scale[r] + at, have * sizeof(float));
+    if (with_offset) __builtin_memcpy(scales[1][r], offset[r] + at, have * sizeof(float));
+    from[r] = copied[r], by[r] = scales[0][r], more[r] = scales[1][r];
+  }
+  add_piece<kind, fixed, per_piece, with_offset>(p, c, from, by, more, sums);
+}
+
+// out[r] = x . weight[n + r] for r < together; past `count` the last row once more.
+template <Codes kind, bool fixed, int per_piece, bool with_offset>
+__attribute__((noinline)) void dots(const QuantWeight& w, const Prepared& p, int64_t n, int64_t count, float* out) {
+  constexpr int bytes = Product<kind, fixed>::vectors * 4 * lanes;
+  const uint8_t *codes[together], *from[together];
+  const float *scale[together], *offset[together] = {}, *by[together], *more[together] = {};
+  for (int r = 0; r < together; r++) {
+    const int64_t row = n + least(r, count - 1);
+    codes[r] = w.codes + row * w.row;
+    scale[r] = w.scale + row * w.groups;
+    if (with_offset) offset[r] = w.offset + row * w.groups;
+  }
+  vf sums[together] = {};
+  const int64_t whole = w.k / piece, in_group = w.group >= piece ? least(w.group / piece, w.k + 1) : 1;
+  for (int64_t c = 0, g = 0; c < whole; g++)
+    for (int64_t end = least(whole, c + in_group); c < end; c++) {
+#pragma GCC unroll 8
+      for (int r = 0; r < together; r++) {
+        from[r] = codes[r] + c * bytes;
+        by[r] = scale[r] + g * per_piece;
+        if constexpr (with_offset) more[r] = offset[r] + g * per_piece;
+      }
+      add_piece<kind, fixed, per_piece, with_offset>(p, c, from, by, more, sums);
+    }
+  if (whole * piece < w.k) add_rest<kind, fixed, per_piece, with_offset>(w, p, whole, codes, scale, offset, sums);
+  constexpr int at_once = together < lanes ? together : lanes;
+  for (int r = 0; r < together; r += at_once) {
+    vf t[at_once];
+    for (int j = 0; j < at_once; j++) t[j] = sums[r + j];
+    const vf all = sum_each(t);
+    for (int j = 0; j < at_once; j++) out[r + j] = all[j];
+  }
+}
+
+using Dots = void (*)(const QuantWeight&, const Prepared&, int64_t, int64_t, float*);
+
+template <Codes kind, bool fixed, bool with_offset>
+Dots by_groups(const QuantWeight& w) {
+  const int64_t per_piece = w.group >= piece ? 1 : piece / w.group;
+  if (per_piece == 1) return dots<kind, fixed, 1, with_offset>;
+  if constexpr (piece >= 64)
+    if (per_piece == 2) return dots<kind, fixed, 2, with_offset>;
+  if constexpr (piece >= 128) return dots<kind, fixed, 4, with_offset>;
+  return nullptr;
+}
+
+template <bool fixed>
+Dots dots_of(const QuantWeight& w) {
+  if (w.kind == Codes::int8) return by_groups<Codes::int8, fixed, false>(w);
+  if (w.kind == Codes::int4)
+    return w.offset ? by_groups<Codes::int4, fixed, true>(w) : by_groups<Codes::int4, fixed, false>(w);
+  return by_groups<Codes::nf4, false, false>(w);
+}
+
+template <class T>
+void run(const QuantWeight& w, const QuantRows& rows, const QuantShare& share) {
+  const Layout layout(w.k);
+  const Dots dot = rows.fixed ? dots_of<true>(w) : dots_of<false>(w);
+  for (int64_t n = share.first; n < share.first + share.count; n += quant_group)
+    for (int64_t i = 0; i < rows.rows; i++) {
+      const int64_t count = least(quant_group, share.first + share.count - n);
+      float sums[quant_group];
+      for (int r = 0; r < count; r += together)
+        dot(w, layout.at(rows.memory, i), n + r, least(together, count - r), sums + r);
+      finish<T>(share, i, n, count, sums);
+    }
+}
+
+// ---- the weight itself, for torch's matrix product ----
+
+template <class T>
+void dequantise(const QuantWeight& w, int64_t row, void* to) {
+  const uint8_t* codes = w.codes + row * w.row;
+  const float *scale = w.scale + row * w.groups, *offset = w.offset ? w.offset + row * w.groups : nullptr;
+  float values[32];
+  for (int64_t k = 0; k < w.k; k += 32) {
+    const int64_t g = k / w.group, count = least(32, w.k - k);
+    uint8_t bytes[32] = {};
+    __builtin_memcpy(bytes, w.kind == Codes::int8 ? codes + k : codes + k / 2,
+                     w.kind == Codes::int8 ? count : int64_t{16});
+    for (int i = 0; i < 32; i += lanes) {
+      vf v;
+      if (w.kind == Codes::int8) {
+        v = to_float((vi)bytes_at(bytes + i) << 24 >> 24) * scale[g];
+      } else {
+        const vu code = bytes_at(bytes + i % 16) >> (i < 16 ? 0 : 4);
+        v = lookup(w.kind == Codes::int4 ? int4_table : nf4_table, code) * scale[g];
+        if (offset) v += offset[g];
+      }
+      store(values + i, v);
+    }
+    for (int64_t i = 0; i < count; i += lanes) store_n((T*)to + k + i, load(values + i), least(lanes, count - i));
+  }
+}
+
+}  // namespace
+
+const QuantLinearKernels quant_linear = {
+    prepared_bytes,
+    {prepare<float>, prepare<bf16>, prepare<f16>, nullptr},
+    {run<float>, run<bf16>, run<f16>, nullptr},
+    {dequantise<float>, dequantise<bf16>, dequantise<f16>, nullptr},
+};
+
+}  // namespace mk::MK_ISA

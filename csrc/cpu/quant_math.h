@@ -1,0 +1,115 @@
+// Vectors of codes: half words, products of pairs, lookups, and scales spread over lanes.
+#pragma once
+#include "cpu/arithmetic.h"
+#include "cpu/quant_linear.h"
+
+namespace mk::MK_ISA {
+
+MK_INLINE vi set1(int32_t x) { return x + vi{}; }
+
+namespace {
+
+typedef int16_t vs __attribute__((vector_size(4 * MK_LANES)));
+typedef uint16_t vus __attribute__((vector_size(4 * MK_LANES)));
+
+MK_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+
+// To the nearest, halves to even; |x| below 2^22.
+MK_INLINE vi to_int(vf x) { return (vi)(x + round_magic) - 0x4b400000; }
+
+MK_INLINE vf magnitude(vf x) { return (vf)((vu)x & 0x7fffffffu); }
+
+// c[i] + a[2i] b[2i] + a[2i+1] b[2i+1]
+MK_INLINE vi dot_pairs(vi c, vs a, vs b) {
+#if MK_BF16
+  return (vi)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return c + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return c + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return c + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const vi x = (vi)a, y = (vi)b;
+  return c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// c[i] plus the four products of a's unsigned bytes with b's signed ones.
+MK_INLINE vi dot_bytes(vi c, vi a, vi b) {
+#if MK_BF16
+  return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#else
+  const vs even = (vs)((vus)a & 255), odd = (vs)((vus)a >> 8);
+  return dot_pairs(dot_pairs(c, even, (vs)b << 8 >> 8), odd, (vs)b >> 8);
+#endif
+}
+
+struct Table {
+  float of[16];
+};
+
+constexpr Table int4_table = {{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}};
+constexpr Table nf4_table = {{-1.f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                              -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.f,
+                              0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+                              0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.f}};
+
+// The entry that the low four bits of each lane name.
+MK_INLINE vf lookup(const Table& table, vu at) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)at, _mm512_loadu_ps(table.of));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.of), (__m256i)at);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.of + 8), (__m256i)at);
+  return (vf)_mm256_blendv_ps(low, high, (__m256)(at << 28));
+#else
+  vf out;
+  for (int i = 0; i < lanes; i++) out[i] = table.of[at[i] & 15];
+  return out;
+#endif
+}
+
+// A vector's worth of bytes, each in a lane.
+MK_INLINE vu bytes_at(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  vu out;
+  for (int i = 0; i < lanes; i++) out[i] = p[i];
+  return out;
+#endif
+}
+
+template <int shared, int... I>
+MK_INLINE vf each_of(vf v, Indices<I...>) {
+  return __builtin_shufflevector(v, v, (I / shared)...);
+}
+
+// p[0 ... parts) over the lanes, each over as many.
+template <int parts>
+MK_INLINE vf spread(const float* p) {
+  if constexpr (parts == 1) {
+    return set1(*p);
+  } else {
+    vf v = {};
+    __builtin_memcpy(&v, p, parts * sizeof(float));
+    return each_of<lanes / parts>(v, typename Count<lanes>::type());
+  }
+}
+
+// Up to one vector of results of a row.
+template <class T>
+MK_INLINE void finish(const QuantShare& s, int64_t i, int64_t n, int64_t count, const float* sums) {
+  for (int64_t r = 0; r < count; r += lanes) {
+    const int64_t some = least(lanes, count - r);
+    vf v = load_n(sums + r, some);
+    if (s.bias) v += load_n((const T*)s.bias + n + r, some);
+    store_n((T*)s.out + i * s.out_row + n + r, v, some);
+  }
+}
+
+}  // namespace
+}  // namespace mk::MK_ISA

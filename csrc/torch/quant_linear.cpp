@@ -1,0 +1,233 @@
+// mistral_kernels::linear_int8, _w8a8, _int4 and _nf4 on a CPU: few rows by a pass over the codes, many by torch's
+// matrix product on the dequantised weight; with int8 activations any number of rows by products of int8.
+#include "cpu/quant_linear.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/int8_product.h"
+#include "torch/ops.h"
+#include "torch/work.h"
+
+namespace mk {
+namespace {
+
+// Of the codes, what keeps a thread busy for some microseconds.
+constexpr int64_t grain_bytes = int64_t{1} << 16;
+// Up to so many rows a pass over the codes is quicker than dequantising them (Zen 5).
+constexpr int64_t few_rows = 16;
+
+enum class Scheme { int8, w8a8, int4, nf4 };
+
+struct Call {
+  Tensor x;
+  const Tensor &codes, &scale;
+  const Maybe &offset, &bias;
+  QuantWeight weight;
+  Dtype dtype;
+  int64_t rows, x_row;
+};
+
+Tensor by_torch(const Tensor& x, const Tensor& weight, const Maybe& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void check(Scheme scheme, const Tensor& x, const Tensor& codes, const Tensor& scale, const Maybe& offset,
+           const Maybe& bias, int64_t group) {
+  STD_TORCH_CHECK(x.dim() >= 1 && codes.dim() == 2 && scale.dim() == 2, "x must be [..., K], codes and scale 2-D");
+  const int64_t k = x.size(-1), n = codes.size(0);
+  const bool bytes = scheme == Scheme::int8 || scheme == Scheme::w8a8;
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(codes.get(), &dtype));
+  STD_TORCH_CHECK(dtype == (bytes ? aoti_torch_dtype_int8() : aoti_torch_dtype_uint8()), "codes must be ",
+                  bytes ? "int8" : "uint8");
+  STD_TORCH_CHECK(codes.size(1) == (bytes ? k : (k + 31) / 32 * 16), "codes must be [N, ",
+                  bytes ? "K" : "16 * ceil(K / 32)", "] for x [..., K]");
+  STD_TORCH_CHECK(group == 0 || group == 32 || group == 64 || group == 128, "group must be 0, 32, 64 or 128");
+  const int64_t groups = group && group < k ? (k + group - 1) / group : 1;
+  for (const Tensor* t : {&scale, offset ? &*offset : &scale}) {
+    STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == n && t->size(1) == groups, "scale and offset must be [N, ", groups,
+                    "]");
+    const Dtype of = dtype_of(*t);
+    STD_TORCH_CHECK(of == Dtype::f32 || (of == Dtype::f64 && dtype_of(x) == Dtype::f64), "scales must be float32");
+  }
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == n && dtype_of(*bias) == dtype_of(x)), "bias must be [",
+                  n, "] of x's dtype");
+}
+
+// ---- float64: for gradcheck, without any speed ----
+
+double scale_at(const Tensor& t, int64_t i) {
+  return dtype_of(t) == Dtype::f64 ? reinterpret_cast<const double*>(data(t))[i]
+                                   : static_cast<double>(reinterpret_cast<const float*>(data(t))[i]);
+}
+
+double code_at(Scheme scheme, const uint8_t* row, int64_t k) {
+  static constexpr float nf4[] = {-1.f,
+                                  -0.6961928009986877f,
+                                  -0.5250730514526367f,
+                                  -0.39491748809814453f,
+                                  -0.28444138169288635f,
+                                  -0.18477343022823334f,
+                                  -0.09105003625154495f,
+                                  0.f,
+                                  0.07958029955625534f,
+                                  0.16093020141124725f,
+                                  0.24611230194568634f,
+                                  0.33791524171829224f,
+                                  0.44070982933044434f,
+                                  0.5626170039176941f,
+                                  0.7229568362236023f,
+                                  1.f};
+  if (scheme == Scheme::int8 || scheme == Scheme::w8a8) return static_cast<int8_t>(row[k]);
+  const int code = row[k / 32 * 16 + k % 16] >> (k / 16 % 2 * 4) & 15;
+  return scheme == Scheme::int4 ? code - 8 : static_cast<double>(nf4[code]);
+}
+
+Tensor weight_in_float64(Scheme scheme, const Call& c) {
+  const QuantWeight& w = c.weight;
+  Tensor out = empty({w.n, w.k}, Dtype::f64);
+  auto* to = reinterpret_cast<double*>(mutable_data(out));
+  for (int64_t n = 0; n < w.n; n++)
+    for (int64_t k = 0; k < w.k; k++) {
+      const int64_t g = n * w.groups + k / w.group;
+      to[n * w.k + k] = code_at(scheme, w.codes + n * w.row, k) * scale_at(c.scale, g);
+      if (c.offset) to[n * w.k + k] += scale_at(*c.offset, g);
+    }
+  return out;
+}
+
+// x as its rounded rows stand for it.
+Tensor rounded_in_float64(const Call& c) {
+  Tensor out = empty({c.rows, c.weight.k}, Dtype::f64);
+  auto* to = reinterpret_cast<double*>(mutable_data(out));
+  for (int64_t i = 0; i < c.rows; i++) {
+    const double* from = reinterpret_cast<const double*>(data(c.x)) + i * c.x_row;
+    double most = 0;
+    for (int64_t k = 0; k < c.weight.k; k++) most = std::isnan(from[k]) ? from[k] : std::fmax(most, std::fabs(from[k]));
+    const double scale = most / 127;
+    for (int64_t k = 0; k < c.weight.k; k++)
+      to[i * c.weight.k + k] = scale > 0 ? std::nearbyint(from[k] / scale) * scale : scale;
+  }
+  return out;
+}
+
+// ---- the kernels ----
+
+template <class F>
+void share_outputs(const Call& c, int64_t bytes_of_row, void* out, const F& run) {
+  const Tensor along = c.bias ? torch::stable::contiguous(*c.bias) : c.x;
+  const int64_t n = c.weight.n, groups = (n + quant_group - 1) / quant_group;
+  in_parallel(groups, std::max<int64_t>(1, grain_bytes / std::max<int64_t>(1, quant_group * bytes_of_row)),
+              [&](int64_t begin, int64_t end) {
+                const int64_t first = begin * quant_group, count = std::min(end * quant_group, n) - first;
+                run(QuantShare{c.bias ? data(along) : nullptr, out, n, first, count});
+              });
+}
+
+void multiply_rows(const Call& c, void* out) {
+  thread_local Memory memory;
+  const auto& kernels = pick(quant_linear_tiers);
+  const int at = static_cast<int>(c.dtype);
+  QuantRows rows{data(c.x), c.x_row, c.rows, memory.at_least(kernels.prepared_bytes(c.weight, c.rows)),
+                 c.dtype != Dtype::f32 && c.weight.kind != Codes::nf4};
+  if (!kernels.prepare[at](c.weight, rows) && rows.fixed) {
+    rows.fixed = false;
+    kernels.prepare[at](c.weight, rows);
+  }
+  share_outputs(c, c.weight.row, out, [&](const QuantShare& share) { kernels.run[at](c.weight, rows, share); });
+}
+
+Tensor multiply_dequantised(const Call& c, const Tensor& x) {
+  const auto dequantise = pick(quant_linear_tiers).dequantise[static_cast<int>(c.dtype)];
+  const Tensor weight = empty({c.weight.n, c.weight.k}, c.dtype);
+  in_parallel(c.weight.n, grain_rows(c.weight.k), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++)
+      dequantise(c.weight, n, mutable_data(weight) + n * c.weight.k * size_of(c.dtype));
+  });
+  return by_torch(x, weight, c.bias);
+}
+
+void multiply_int8(const Call& c, void* out) {
+  thread_local Memory memory;
+  const auto& kernels = pick(int8_product_tiers);
+  const int at = static_cast<int>(c.dtype);
+  const int64_t row = (c.weight.k + int8_row_unit - 1) / int8_row_unit * int8_row_unit;
+  auto* codes = reinterpret_cast<uint8_t*>(memory.at_least(c.rows * (row + sizeof(float)) + 64));
+  auto* scales = reinterpret_cast<float*>(codes + c.rows * row);
+  in_parallel(c.rows, grain_rows(c.weight.k), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      kernels.quantise_row[at](data(c.x) + i * c.x_row * size_of(c.dtype), c.weight.k, codes + i * row, scales + i);
+  });
+  share_outputs(c, c.weight.row * c.rows, out,
+                [&](const QuantShare& share) { kernels.multiply[at]({codes, scales, row, c.rows, &c.weight, share}); });
+}
+
+Tensor run(Scheme scheme, const Tensor& x_in, const Tensor& codes_in, const Tensor& scale_in, const Maybe& offset_in,
+           const Maybe& bias, int64_t group) {
+  check(scheme, x_in, codes_in, scale_in, offset_in, bias, group);
+  const Tensor codes = unit_stride(codes_in), scale = torch::stable::contiguous(scale_in);
+  const Maybe offset = offset_in ? Maybe(torch::stable::contiguous(*offset_in)) : std::nullopt;
+  const int64_t k = x_in.size(-1), n = codes.size(0), dims = x_in.dim();
+  const Dtype dtype = dtype_of(x_in);
+  Tensor x = unit_stride(x_in);
+  if (dims > max_dims || Rows<1>({&x}, 1).runs() > 1) x = torch::stable::contiguous(x);
+  STD_TORCH_CHECK(dims <= max_dims, "x has ", dims, " dimensions; at most ", max_dims, " are supported");
+  int64_t sizes[max_dims], rows = 1;
+  for (int64_t d = 0; d < dims; d++) sizes[d] = d + 1 < dims ? x.size(d) : n;
+  for (int64_t d = 0; d + 1 < dims; d++) rows *= x.size(d);
+  const Codes kind = scheme == Scheme::int4 ? Codes::int4 : scheme == Scheme::nf4 ? Codes::nf4 : Codes::int8;
+  const bool grouped = group && group < k;
+  const QuantWeight weight{kind,
+                           reinterpret_cast<const uint8_t*>(data(codes)),
+                           codes.stride(0),
+                           dtype == Dtype::f64 ? nullptr : reinterpret_cast<const float*>(data(scale)),
+                           dtype == Dtype::f64 || !offset ? nullptr : reinterpret_cast<const float*>(data(*offset)),
+                           scale.size(1),
+                           grouped ? group : int64_t{1} << 40,
+                           n,
+                           k};
+  const Call c{x, codes, scale, offset, bias, weight, dtype, rows, rows > 1 ? Rows<1>({&x}, 1).stride(0) : 0};
+  if (dtype == Dtype::f64) {
+    const Tensor flat = scheme == Scheme::w8a8 ? torch::stable::reshape(rounded_in_float64(c), x.sizes()) : x;
+    return by_torch(flat, weight_in_float64(scheme, c), bias);
+  }
+  if (scheme != Scheme::w8a8 && rows > few_rows) return multiply_dequantised(c, x);
+  Tensor out = empty({sizes, static_cast<size_t>(dims)}, dtype);
+  if (!out.numel()) return out;
+  if (scheme == Scheme::w8a8)
+    multiply_int8(c, mutable_data(out));
+  else
+    multiply_rows(c, mutable_data(out));
+  return out;
+}
+
+}  // namespace
+
+Tensor linear_int8(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe bias, int64_t group) {
+  return run(Scheme::int8, x, codes, scale, std::nullopt, bias, group);
+}
+
+Tensor linear_w8a8(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe bias, int64_t group) {
+  return run(Scheme::w8a8, x, codes, scale, std::nullopt, bias, group);
+}
+
+Tensor linear_int4(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe offset, Maybe bias, int64_t group) {
+  return run(Scheme::int4, x, codes, scale, offset, bias, group);
+}
+
+Tensor linear_nf4(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe bias, int64_t group) {
+  return run(Scheme::nf4, x, codes, scale, std::nullopt, bias, group);
+}
+
+}  // namespace mk
+
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
+  m.impl("linear_int8", TORCH_BOX(&mk::linear_int8));
+  m.impl("linear_w8a8", TORCH_BOX(&mk::linear_w8a8));
+  m.impl("linear_int4", TORCH_BOX(&mk::linear_int4));
+  m.impl("linear_nf4", TORCH_BOX(&mk::linear_nf4));
+}

@@ -1,0 +1,132 @@
+"""The C++ kernels of linear layers on codes, on every instruction set that this processor has."""
+
+import pytest
+import torch
+
+import mistral_kernels as mk
+from mistral_kernels import testing
+from mistral_kernels.testing import fill, quantised_case
+
+SCHEMES = ("int8", "w8a8", "int4", "nf4")
+
+pytestmark = pytest.mark.skipif(not testing.isa_tiers(), reason="the C++ kernels are not built")
+
+
+@pytest.fixture(params=testing.isa_tiers())
+def tier(request):
+    with testing.isa(request.param):
+        yield request.param
+
+
+def shapes(scheme):
+    """Rows around what one pass takes, and widths and depths around pieces, groups, blocks and tiles."""
+    for rows in (1, 2, 3, 7, 15, 16, 17, 40):
+        yield quantised_case(scheme, (rows,), 200, 24 + rows, (0, 32, 64, 128)[rows % 4], bias=rows % 3 == 0)
+    for i, k in enumerate((1, 2, 15, 16, 17, 31, 33, 63, 65, 96, 127, 129, 160, 191, 257, 1023, 1025, 4097, 9000)):
+        yield quantised_case(scheme, (1 + k % 5,), k, 19, (0, 32, 64, 128)[i % 4])
+        yield quantised_case(scheme, (1,), k, 5, (32, 64, 128, 0)[i % 4], asymmetric=scheme == "int4")
+    for n in (1, 2, 7, 8, 9, 15, 17):
+        yield quantised_case(scheme, (2, 2), 96, n, 32, bias=True)
+    for size in (1e2, 1e-6):
+        yield quantised_case(scheme, (2,), 300, 20, 64, size=size)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_parity(tier, dtype, scheme):
+    errors = []
+    kinds = testing.KINDS if dtype != torch.float16 else testing.KINDS[:3]  # products of large ones are beyond it
+    for i, case in enumerate(shapes(scheme)):
+        errors += testing.parity(case, dtype, "cpu", kind=kinds[i % len(kinds)])
+    assert testing.pooled_max(errors) <= 1 and testing.pooled(errors) <= 1, errors
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_x_in_int16_costs_no_accuracy(tier, dtype, scheme):
+    """Against the product with the exact weight the error is that of rounding the result, and little more."""
+    x, q = fill((8, 4096)).to(dtype), mk.quantize_weight(fill((512, 4096), seed=1), scheme, 128)
+    truth = x.double() @ q.dequantize(torch.float64).T
+    out, ideal = mk.linear_quantized(x, q, impl="cpu").double(), truth.to(dtype).double()
+    assert (out - truth).square().mean().sqrt() < 1.02 * (ideal - truth).square().mean().sqrt()
+
+
+def test_int8_activations_equal_the_reference(tier):
+    """The sums are whole numbers: only their scaling rounds."""
+    for group in (0, 32, 128):
+        for rows in (1, 6, 7, 100, 193):
+            x, q = fill((rows, 700), seed=rows).float(), mk.quantize_weight(fill((21, 700), seed=1), "w8a8", group)
+            out, expected = (mk.linear_quantized(x, q, impl=impl) for impl in ("cpu", "reference"))
+            torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_extreme_codes(tier):
+    """Products of 127 and of -128, which no scheme makes but a checkpoint may hold, along a row that could overflow."""
+    k = 70_000
+    x = torch.ones(2, k)
+    codes = torch.full((9, k), -128, dtype=torch.int8)
+    codes[4] = 127
+    out = mk.linear_int8(x, codes, torch.full((9,), 1 / 128), activations="int8", impl="cpu")
+    expected = torch.full((2, 9), -float(k))
+    expected[:, 4] = k * 127 / 128
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+    few = mk.linear_int8(x.bfloat16(), codes, torch.full((9,), 1 / 128), impl="cpu")
+    torch.testing.assert_close(few.float(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_float64_equals_eager(tier, scheme):
+    for case in (quantised_case(scheme, (2, 3), 200, 9, 64, bias=True), quantised_case(scheme, (20,), 33, 5)):
+        arguments = case.arguments(torch.float64)
+        out, expected = (testing.call(case.op, arguments, impl)["out0"] for impl in ("cpu", "reference"))
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows", [3, 20])
+def test_layouts_change_nothing(tier, scheme, rows):
+    q, x = mk.quantize_weight(fill((21, 70), seed=1), scheme, 32), fill((rows, 2, 70)).bfloat16()
+    expected = mk.linear_quantized(x, q, impl="cpu")
+    wide = torch.full((rows, 2, 90), torch.nan, dtype=x.dtype)
+    wide[..., 5:75] = x
+    codes = torch.full((21, q.codes.shape[1] + 9), 77, dtype=q.codes.dtype)
+    codes[:, 4:-5] = q.codes
+    apart = mk.QuantizedWeight(scheme, codes[:, 4:-5], q.scale.T.contiguous().T, None, 32, 70)
+    for inputs in (wide[..., 5:75], x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT):
+        for weight in (q, apart):
+            got = mk.linear_quantized(inputs, weight, impl="cpu")
+            assert got.is_contiguous() and torch.equal(got, expected)
+    row = x[0, :1].expand(6, 70)
+    assert torch.equal(mk.linear_quantized(row, q), mk.linear_quantized(row.contiguous(), q))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_and_threads_change_nothing(tier, scheme):
+    x, q = fill((16, 3000)).bfloat16(), mk.quantize_weight(fill((100, 3000), seed=1), scheme)
+    whole = mk.linear_quantized(x, q, impl="cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = torch.cat([mk.linear_quantized(x[i : i + 1], q, impl="cpu") for i in range(16)])
+    torch.set_num_threads(before)
+    assert torch.equal(whole, alone)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_nan_stays_in_its_row_and_tiny_values_count(tier, scheme, dtype):
+    q, x = mk.quantize_weight(fill((9, 200), seed=1), scheme, 64), torch.ones(4, 200).to(dtype)
+    x[0, 150], x[1, 3] = torch.nan, torch.inf
+    x[3] = 1e-36 if dtype != torch.float16 else 1e-7
+    out = mk.linear_quantized(x, q, impl="cpu")
+    assert out[0].isnan().all() and not out[1].isfinite().any() and out[2].isfinite().all()
+    expected = x[3].double() @ q.dequantize(torch.float64).T
+    torch.testing.assert_close(out[3].double(), expected, rtol=1e-2, atol=torch.finfo(dtype).tiny)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_inputs_stay_as_they_are(scheme):
+    x, q = fill((5, 200)).bfloat16(), mk.quantize_weight(fill((9, 200), seed=1), scheme)
+    before = x.clone(), q.codes.clone(), q.scale.clone()
+    first, second = (mk.linear_quantized(x, q) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, q.codes, q.scale), strict=True))
