@@ -75,15 +75,17 @@ hf-demo: build $(STAMPS)/sample ## a real model under transformers with and with
 	$(BIN)/python -m bench.hf_study --out docs/huggingface --page docs/huggingface.md
 
 .PHONY: test-transformers
-test-transformers: build ## the Hugging Face tests on three versions of transformers
+test-transformers: build ## the Hugging Face tests, and transformers' own, on three versions of transformers
 	@for versions in $(TRANSFORMERS); do \
 	  folder=.venvs/transformers-$${versions%%+*}; \
 	  [ -d $$folder ] || $(BIN)/python -m venv --without-pip $$folder || exit 1; \
 	  packages=$$($$folder/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$packages/shared.pth; \
 	  echo "== transformers $$versions"; \
-	  $(PIP) --python $$folder/bin/python install -q --no-deps transformers==$${versions/+/ } || exit 1; \
+	  $(PIP) --python $$folder/bin/python install -q --no-deps transformers==$${versions/+/ } parameterized || exit 1; \
 	  PYTHONPATH=kernels:. $$folder/bin/python -m pytest -q $(HF_TESTS) || exit 1; \
+	  PYTHONPATH=kernels:. $$folder/bin/python scripts/transformers_tests/run.py \
+	    --json docs/huggingface/transformers_tests.json || exit 1; \
 	done
 
 # The other packages are those of .venv; only Triton is the environment's own.

@@ -74,9 +74,10 @@ def truth_of(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral without a window"])
 def test_parity(family, dtype):
-    model, ids = make(family, dtype), tokens()
+    changes = {} if family in FAMILIES else dict(sliding_window=None)
+    model, ids = make(family.partition(" ")[0], dtype, **changes), tokens()
     model.set_attn_implementation("eager")
     eager, truth = run(model, ids), run(truth_of(model), ids)
     report = patch(model)
@@ -377,8 +378,7 @@ def test_hooks_are_called():
     assert calls == ["MistralRMSNorm", "Linear"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, "none", "left", "both"])
+@pytest.mark.parametrize("kind", ["left", *(pytest.param(k, marks=pytest.mark.slow) for k in (None, "none", "both"))])
 def test_compile(kind):
     model, ids = make(), tokens()
     more = {} if kind is None else dict(attention_mask=padding(kind))

@@ -1,6 +1,10 @@
 """Training patched models: the Trainer, LoRA, FSDP2, accelerate's hooks, Liger's flags."""
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +106,21 @@ def test_fully_shard(process_group, first, norms):
     for name, value in expected.items():
         got = found[name].full_tensor() if hasattr(found[name], "full_tensor") else found[name]
         torch.testing.assert_close(got, value, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_fully_shard_in_two_processes():
+    """Each has half of the rows and of the weights; the gradients are those of all rows in one process."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no distributed")
+    here = Path(__file__).parent
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = os.pathsep.join(str(here.parent / part) for part in ("kernels", "", "tests"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(here / "fsdp_patched.py")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert all(f"rank {n} of 2 agrees" in done.stderr for n in range(2))
 
 
 def test_flags():

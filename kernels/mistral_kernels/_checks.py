@@ -54,10 +54,15 @@ def promote(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is on for a type of device; torch raises for those that have none, such as meta."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as autocast hands them to a matrix product: in its dtype where it is on, float64 as it is."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -70,7 +70,7 @@ def linear(
     """
     if impl is None:
         kind = x.device.type if isinstance(x, torch.Tensor) else "cpu"
-        if torch.is_autocast_enabled(kind):
+        if _checks.autocast_is_on(kind):
             return reference.linear(x, weight, bias)
     _checks.floating(x=x, weight=weight, bias=bias)
     _check(x, weight, bias)

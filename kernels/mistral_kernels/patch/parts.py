@@ -10,14 +10,20 @@ from torch import nn
 NORM_TYPES: set[type] = set()  # classes whose forward is known to be the RMSNorm that add_rms_norm fuses
 
 
-def marked(function: Callable, part: str) -> Callable:
-    """`function`, told apart from others' by `unpatch`."""
-    function.mistral_kernels_part = part  # type: ignore[attr-defined]
+def marked(function: Callable, part: str, impl: str | None = None) -> Callable:
+    """`function`, told apart from others' by `unpatch`, and made again from this by `pickle`."""
+    function.mistral_kernels_part = part, impl  # type: ignore[attr-defined]
     return function
 
 
 def is_marked(function: Any) -> bool:
     return hasattr(function, "mistral_kernels_part")
+
+
+def part_of(function: Any) -> tuple[str, str | None]:
+    """The op and the implementation that a marked function was made with."""
+    part: tuple[str, str | None] = function.mistral_kernels_part
+    return part
 
 
 def rms_norm_forward(ops: Any, original: Callable) -> Callable:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .._using import using
-from . import parts, sources
+from . import parts, pickles, sources
 
 OPS = ("rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "linear_cross_entropy")
 OLDEST = (5, 20)
@@ -31,6 +31,7 @@ _ENDS = {
     "linear_cross_entropy": ("ForCausalLM",),
     "rope": ("Attention",),
 }
+_OTHER_NORM = "the norm behind its addition is none that the op is known to compute"
 _PREVIOUS = "_mistral_kernels_previous_attention"
 _classes: dict[type, dict[str, Any]] = {}  # patched classes: the attributes that their own __dict__ had, or _ABSENT
 _ABSENT = object()
@@ -120,23 +121,29 @@ def _base(cls: type) -> type:
     return next((c for c in cls.__mro__ if "forward" in c.__dict__), cls)
 
 
-def _replacement(cls: type, ops: Any, wanted: frozenset[str]) -> tuple[str, Callable | None, str | None] | None:
+def _is_rms_norm(cls: type) -> bool:
+    cls = _base(cls)
+    if sources.same(cls.__dict__.get("forward"), sources.RMS_NORM):
+        parts.NORM_TYPES.add(cls)
+    return cls in parts.NORM_TYPES
+
+
+def replacement(cls: type, ops: Any, wanted: frozenset[str]) -> tuple[str, Callable | None, str | None] | None:
     """(op, new forward, None) or (op, None, why not) of a class; None where no op is concerned."""
     cls = _base(cls)
     forward = cls.__dict__.get("forward")
     if parts.is_marked(forward):
-        return getattr(forward, "mistral_kernels_part", ""), None, "it is patched already"
+        return parts.part_of(forward)[0], None, "it is patched already"
     for op, forms, make in _FORWARDS:
         if sources.same(forward, *forms):
-            if op == "rms_norm":
-                parts.NORM_TYPES.add(cls)
-            return (op, parts.marked(make(ops, forward), op), None) if op in wanted else None
+            _is_rms_norm(cls)
+            return (op, parts.marked(make(ops, forward), op, ops.impl), None) if op in wanted else None
     for op, ends in _ENDS.items():
         if op not in wanted or not cls.__name__.endswith(ends):
             continue
         if op == "rope":
             new, reason = _rope_forward(cls, ops)
-            return op, new and parts.marked(new, op), reason
+            return op, new and parts.marked(new, op, ops.impl), reason
         return op, None, "its forward is none that the op is known to compute"
     return None
 
@@ -157,11 +164,13 @@ def _patch_modules(root: nn.Module, ops: Any, wanted: frozenset[str], report: Re
     for name, module in root.named_modules():
         cls = type(module)
         if cls not in made:
-            made[cls] = _replacement(cls, ops, wanted)
+            made[cls] = replacement(cls, ops, wanted)
         if made[cls] is None:
             continue
         op, new, reason = made[cls]
         slot, taken = _slot(module) if new is not None else (None, reason)
+        if op == "add_rms_norm" and slot and not _is_rms_norm(type(getattr(module, "post_attention_layernorm", None))):
+            slot, taken = None, _OTHER_NORM
         label = name or cls.__name__
         if slot is None:
             report.left[label] = f"{op}: {taken}"
@@ -201,7 +210,7 @@ def _patch_attention(root: nn.Module, impl: str | None, report: Report) -> None:
         elif _PREVIOUS in model.__dict__ or model.config._attn_implementation == name:
             report.left[label] = "attention: it is patched already"
         else:
-            previous = model.config._attn_implementation
+            previous = pickles.Previous(model.config._attn_implementation, impl)
             model.set_attn_implementation(name)
             model.__dict__[_PREVIOUS] = previous
             report.replaced[label] = "attention"
@@ -228,20 +237,34 @@ def _default_attention(cls: Any, impl: str | None) -> None:
 
 
 def _family(name: str) -> Any:
-    need_transformers()
+    cls = getattr(need_transformers(), name, None)
+    if isinstance(cls, type) and issubclass(cls, nn.Module):
+        return _home(cls)
+    folder = name.replace("-", "_")
     try:
-        return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        return importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     except ModuleNotFoundError as error:
+        if not str(error.name).startswith("transformers.models."):
+            raise
         raise ValueError(
-            f"model is {name!r}; a name must be that of a folder of transformers.models, such as 'mistral'"
+            f"model is {name!r}; a name must be that of a model class of transformers, or of a folder of"
+            " transformers.models, such as 'mistral'"
         ) from error
+
+
+def _home(cls: type) -> Any:
+    """The modeling file of a class; of a class that adds no forward of its own, that of the one it is derived from."""
+    inside = (c for c in cls.__mro__ if "forward" in c.__dict__ or c.__module__.startswith("transformers.models."))
+    return sys.modules[next(inside, cls).__module__]
 
 
 def _patch_classes(module: Any, ops: Any, wanted: frozenset[str], impl: str | None, report: Report) -> None:
     base = need_transformers().PreTrainedModel
     own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     for cls in (c for c in own if issubclass(c, nn.Module)):
-        made = _replacement(cls, ops, wanted) if "forward" in cls.__dict__ else None
+        made = replacement(cls, ops, wanted) if "forward" in cls.__dict__ else None
+        if made is not None and made[1] is not None and made[0] == "add_rms_norm" and not any(map(_is_rms_norm, own)):
+            made = "add_rms_norm", None, _OTHER_NORM
         if made is not None and made[1] is not None:
             _replace_on_class(cls, "forward", made[1])
             report.replaced[cls.__name__] = made[0]
@@ -267,8 +290,9 @@ def patch(model: Any, *, ops: Iterable[str] | str | None = None, impl: str | Non
     `forward(..., skip_logits=False)` asks for them, `skip_logits=True` drops them in evaluation too.
 
     Args:
-        model: a model (also wrapped by PEFT, accelerate, FSDP2 or torch.compile); or a model class, or the name of a
-            folder of `transformers.models` such as "mistral": then the classes of that modeling file are patched.
+        model: a model (also wrapped by PEFT, accelerate, FSDP2 or torch.compile); or a model class, or the name of
+            one, or of a folder of `transformers.models` such as "mistral": then the classes of that modeling file are
+            patched.
             Models built from them before are patched with them, up to their attention, which they looked up when
             they were built.
         ops: which of "rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "linear_cross_entropy"; None for all.
@@ -285,6 +309,7 @@ def patch(model: Any, *, ops: Iterable[str] | str | None = None, impl: str | Non
     """
     wanted, bound, report = _wanted(ops), using(impl), Report()
     if isinstance(model, nn.Module):
+        pickles.register()
         _patch_modules(model, bound, wanted, report)
         if "attention" in wanted:
             _patch_attention(model, impl, report)
@@ -297,7 +322,7 @@ def _module_of(model: Any) -> Any:
     if isinstance(model, str):
         return _family(model)
     if isinstance(model, type) and issubclass(model, nn.Module):
-        return sys.modules[model.__module__]
+        return _home(model)
     raise TypeError(f"model is {type(model).__name__}; it must be a model, a model class or the name of a family")
 
 
@@ -332,4 +357,4 @@ def _unpatch_modules(root: nn.Module) -> None:
     for model in _pretrained(root):
         previous = model.__dict__.pop(_PREVIOUS, None)
         if previous is not None:
-            model.set_attn_implementation(previous)
+            model.set_attn_implementation(previous.name)
