@@ -35,6 +35,8 @@ OTHER_TIERS = {"base": (4, "")}
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 # Machine code for the A100 and the H100, and PTX from which the driver makes it for what comes after them.
 CUDA_ARCHS = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
+# Kernels named hopper_* use instructions that only this one architecture has.
+HOPPER_ARCHS = "-gencode arch=compute_90a,code=sm_90a"
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 WARNINGS = "-Wall -Wextra -Wno-maybe-uninitialized"
 
@@ -105,7 +107,7 @@ def ninja_rules(torch: Path, cuda: Path | None, sanitizer: str | None) -> list[s
         "  deps = gcc",
         "  description = $what",
         "rule nvcc",
-        f"  command = {cuda}/bin/nvcc {CUDA_FLAGS} {CUDA_ARCHS} -I{ROOT / 'csrc'} -MD -MF $out.d -c $in -o $out",
+        f"  command = {cuda}/bin/nvcc {CUDA_FLAGS} $extra -I{ROOT / 'csrc'} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $what",
@@ -128,7 +130,8 @@ def ninja_file(torch: Path, cuda: Path | None, folder: Path, output: Path, sanit
             defines = f"-DMK_ISA={tier} -DMK_LANES={lanes} -DMK_BF16={int(tier == 'avx512bf16')} {extra}"
             add(source, f"cpu_{source.stem}_{tier}", defines, f"csrc/cpu/{source.name} for {tier}")
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if cuda else ():
-        add(source, f"cuda_{source.stem}", "", f"csrc/cuda/{source.name}", "nvcc")
+        archs = HOPPER_ARCHS if source.stem.startswith("hopper_") else CUDA_ARCHS
+        add(source, f"cuda_{source.stem}", archs, f"csrc/cuda/{source.name}", "nvcc")
     for source in sorted((ROOT / "csrc/torch").glob("*.cpp")):
         if source.name.startswith("cuda_") and cuda is None:
             continue

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_ARCH = re.compile(r"^arch = sm_(\d+)", re.M)
+_ARCH = re.compile(r"^arch = sm_(\d+)a?", re.M)
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z0-9_.]+)")
-_NAMED = re.compile(r"(HMMA|LDSM|LDGSTS|LDG|STG|LDL|STL|BAR)\b(\S*)")
+_NAMED = re.compile(r"(HGMMA|UTMALDG|WARPGROUP\.ARRIVE|HMMA|LDSM|LDGSTS|LDG|STG|LDL|STL|BAR)\b(\S*)")
 _WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
 
 

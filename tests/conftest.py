@@ -36,6 +36,17 @@ def cuda_ops():
     torch_ops.load()
 
 
+@pytest.fixture(scope="session")
+def cuda_machine_code():
+    """Every CUDA kernel in the compiled library: registers, memory, counts of instructions. It is read once."""
+    from bench import gpu_cuda
+    from mistral_kernels import _library
+
+    if (reason := gpu_cuda.unusable(_library.path)) is not None:
+        pytest.skip(f"no CUDA machine code here: {reason}")
+    return gpu_cuda.kernels(_library.path)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long grids too")
 

@@ -1,6 +1,7 @@
 #include "cuda/attention.h"
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
+#include "cuda/hopper_attention.h"
 
 namespace mk::cuda {
 namespace {
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(attention_threads) combine_kernel(const Attent
 
 extern "C" int mk_cuda_attention_splits(const mk::cuda::Attention& a) {
   using namespace mk::cuda;
+  if (hopper_applies(a)) return hopper_splits(a);
   if (a.dtype == static_cast<int>(mk::Dtype::f32) || a.max_q > few_queries) return 1;
   const int packed_heads = packed_heads_of(a), rows = decodes(a) ? 16 : 64;
   const int64_t tiles = (static_cast<int64_t>(a.max_q) * packed_heads + rows - 1) / rows;
@@ -62,7 +64,9 @@ extern "C" int mk_cuda_attention(const mk::cuda::Attention& a, void* stream) {
   return with_type(a.dtype, [&](auto* type) -> int {
     using T = std::remove_pointer_t<decltype(type)>;
     int status;
-    if constexpr (__is_same(T, bf16))
+    if (hopper_applies(a))
+      status = hopper_attention(a, on);
+    else if constexpr (__is_same(T, bf16))
       status = attention_forward_bf16(a, on);
     else if constexpr (__is_same(T, f16))
       status = attention_forward_f16(a, on);

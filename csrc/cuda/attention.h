@@ -23,7 +23,7 @@ struct Attention {
   // Of each split of the keys, for each token and head: the sum over its keys, and its lse; then they are combined.
   float *split_out, *split_lse;
   const int32_t *cu_q, *cu_k, *ring_lens;
-  int64_t tokens;
+  int64_t tokens, key_tokens;  // in all: of q, and of packed k
   int sequences, heads, kv_heads, dim, max_q, max_k, slots, window, splits, dtype;
   float scale;
   bool causal;

@@ -120,7 +120,7 @@ int with_width(int dim, const F& f) {
 // Scores stay as the products gave them, times the sign of the scale: differences of raw scores are exact where they
 // matter, those of scaled ones are off by the rounding of a large product. This is the factor of the differences in an
 // exponent of two; never 0, so that those with hidden scores stay minus infinity.
-__device__ __forceinline__ float exponent_scale(float scale) { return fmaxf(fabsf(scale) * log2e, 1e-37f); }
+__host__ __device__ __forceinline__ float exponent_scale(float scale) { return fmaxf(fabsf(scale) * log2e, 1e-37f); }
 
 // 2 ** ((score - base) * scale); 0 for hidden scores, of minus infinity.
 __device__ __forceinline__ float exponential(float score, float base, float scale) {

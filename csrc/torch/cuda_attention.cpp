@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
   const Tensor ends_k = packed ? torch::stable::contiguous(*cu_k) : q;
   cuda::Attention a = describe(q, k, out, window, scale, causal);
   a.q = tokens_of(q), a.k = tokens_of(k), a.v = tokens_of(v);
-  a.lse = static_cast<float*>(device_mutable_data(lse));
+  a.lse = static_cast<float*>(device_mutable_data(lse)), a.key_tokens = packed ? k.size(0) : 0;
   a.sequences = static_cast<int>(packed ? ends_q.numel() - 1 : q.size(0));
   a.max_q = static_cast<int>(max_q), a.max_k = static_cast<int>(max_k);
   if (packed) a.cu_q = ends_of(ends_q), a.cu_k = ends_of(ends_k);
@@ -134,7 +134,7 @@ Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_
   cuda::Attention a = describe(q, k, out, window, scale, true);
   a.q = of_chunk(q), a.k_ring = tokens_of(k), a.v_ring = tokens_of(v);
   if (k_new) a.k = of_chunk(chunk_k), a.v = of_chunk(chunk_v);
-  if (cu) a.cu_q = a.cu_k = ends_of(ends);
+  if (cu) a.cu_q = a.cu_k = ends_of(ends), a.key_tokens = a.tokens;
   a.ring_lens = ends_of(lens);
   a.sequences = static_cast<int>(k.size(0)), a.slots = static_cast<int>(k.size(1));
   a.max_q = static_cast<int>(q.dim() == 4 ? q.size(1) : cu ? max_q : 1), a.max_k = k_new ? a.max_q : 0;

@@ -1,0 +1,31 @@
+// Attention on compute capability 9.0: tensor copy engine, asynchronous products, warps with roles.
+#pragma once
+#include <cuda.h>
+
+#include "cuda/attention.h"
+
+namespace mk::cuda {
+
+// What a kernel is launched with. The copy engine reads the maps in place, at multiples of 64 bytes.
+struct HopperForward {
+  CUtensorMap q, k, v, k_ring, v_ring;
+  Attention a;
+  int packed_heads;   // query heads that share the rows of a tile
+  int tile_queries;   // of a warpgroup: 64 rows or less
+  int tiles, blocks;  // of the longest sequence; of work in all
+  float exponent_scale;
+};
+
+// Whether this device and these tensors fit these kernels.
+bool hopper_applies(const Attention& a);
+int hopper_splits(const Attention& a);
+int hopper_attention(const Attention& a, cudaStream_t stream);
+
+int hopper_forward_bf16(const HopperForward& f, int consumers, cudaStream_t stream);
+int hopper_forward_f16(const HopperForward& f, int consumers, cudaStream_t stream);
+
+// Rows of a box of keys or values.
+template <int D>
+inline constexpr int hopper_key_rows = D == 256 ? 64 : 128;
+
+}  // namespace mk::cuda
