@@ -1,6 +1,7 @@
 """What every op promises to torch and to its caller, whichever implementation runs."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -146,6 +147,15 @@ def test_inputs_and_gradients_are_left_alone(name):
     for now, then in zip(arguments, before, strict=True):
         assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now == then
     assert all((s == 1).all() for s in seeds)
+
+
+def test_forward_mode_raises():
+    """A jvp that returned zeros would be the worst of answers."""
+    (a, b), like_eager = doubles((3, 8), (3, 8)), functools.partial(mk.swiglu, impl="reference")
+    a, b = a.detach(), b.detach()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(mk.swiglu, (a, b), (b, a))
+    assert torch.func.jvp(like_eager, (a, b), (b, a))[1].any()
 
 
 def test_a_second_derivative_raises():
