@@ -7,6 +7,8 @@
 namespace mk::MK_ISA {
 namespace {
 
+typedef uint8_t bytes __attribute__((vector_size(MK_LANES)));
+
 constexpr int tile_rows = lanes == 16 ? 6 : 2, tile_outputs = 4;
 constexpr int64_t most_rows = 96, block = 4096;  // of x at a time: 400 KB, which the second-level cache keeps
 
@@ -47,10 +49,10 @@ void sum_codes(const uint8_t* const* w, int64_t count, int64_t* sums) {
   const vi ones = set1(0x01010101);
   for (int r = 0; r < tile_outputs; r++) {
     vi c = {};
-    for (int64_t at = 0; at < count; at += 4 * lanes) c = dot_bytes(c, ones, some_codes(w[r] + at, count - at));
-    int64_t total = 0;
-    for (int i = 0; i < lanes; i++) total += c[i];
-    sums[r] += total;
+    int64_t at = 0;
+    for (; at + 4 * lanes <= count; at += 4 * lanes) c = dot_bytes(c, ones, load_words<vi>(w[r] + at));
+    if (at < count) c = dot_bytes(c, ones, some_codes(w[r] + at, count - at));
+    sums[r] += fold<lanes / 2>(c, [](vi a, vi b) { return a + b; });
   }
 }
 
@@ -101,22 +103,22 @@ void multiply(const Int8Product& a) {
 template <class T>
 void quantise_row(const void* from, int64_t k, uint8_t* codes, float* scale) {
   const T* x = (const T*)from;
-  float most = 0;
-  bool finite = true;
+  vf largest = {}, nothing = {};
   for (int64_t i = 0; i < k; i += lanes) {
-    const vf v = magnitude(i + lanes <= k ? load(x + i) : load_n(x + i, k - i));
-    for (int j = 0; j < lanes; j++) {
-      most = v[j] > most ? v[j] : most;
-      finite &= v[j] <= 3.4028234e38f;
-    }
+    const vf v = i + lanes <= k ? load(x + i) : load_n(x + i, k - i);
+    largest = max(magnitude(v), largest);
+    nothing += v * 0.f;  // nan, where v is not finite
   }
+  const float most = fold<lanes / 2>(largest, [](vf a, vf b) { return max(a, b); });
+  const float zero = fold<lanes / 2>(nothing, [](vf a, vf b) { return a + b; });
+  const bool finite = zero == 0;
   *scale = finite ? most / 127.f : __builtin_nanf("");
   const float by = finite ? *scale : 0.f;
   for (int64_t i = 0; i < round_up(k, int8_row_unit); i += lanes) {
     const int64_t count = k - i;
     const vf v = count >= lanes ? load(x + i) : load_n(x + i, count > 0 ? count : 0);
     const vi code = by > 0 ? to_int(v / by) + 128 : set1(128);
-    for (int j = 0; j < lanes; j++) codes[i + j] = (uint8_t)code[j];
+    store_words(codes + i, __builtin_convertvector(code, bytes));
   }
 }
 

@@ -38,21 +38,37 @@ struct Layout {
 
 int64_t prepared_bytes(const QuantWeight& w, int64_t rows) { return Layout(w.k).row * rows; }
 
-// Where element e of a piece goes. Halves: of a half word of half-byte codes the four lie in four vectors; of int8, the
-// two in two. Words: likewise, of a whole lane.
-template <bool half_bytes, bool halves>
-MK_INLINE int place(int e) {
-  constexpr int width = halves ? 2 * lanes : lanes, unit = halves ? 2 : 4;  // bytes of a lane
-  if constexpr (half_bytes) {
-    const int byte = e / 32 * 16 + e % 16, high = e / 16 % 2;
-    return (2 * (byte % unit) + high) * width + byte / unit;
-  } else {
-    const int byte = e % (4 * lanes);
-    return (e / (4 * lanes) * unit + byte % unit) * width + byte / unit;
+// Elements of even places and of odd ones: what the low and the high bytes of half words are multiplied by. Of a block
+// of half-byte codes they are those of its first half, and so on for its second.
+template <bool half_bytes>
+MK_INLINE void order_halves(const int16_t* from, int16_t* to) {
+  for (int t = 0; t < piece / 16; t++) {
+    const auto a = load_words<octet>(from + 16 * t), b = load_words<octet>(from + 16 * t + 8);
+    const octet even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+    const octet odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+    constexpr int row = 2 * lanes, in_vector = lanes / 4;
+    int16_t* at = half_bytes ? to + t % 2 * row + t / 2 * 8 : to + t / in_vector * 2 * row + t % in_vector * 8;
+    store_words(at, even);
+    store_words(at + (half_bytes ? 2 : 1) * row, odd);
   }
 }
 
+// Elements by their place in words of four bytes, likewise.
 template <bool half_bytes>
+MK_INLINE void order_floats(const float* from, float* to) {
+  for (int t = 0; t < piece / 16; t++) {
+    quad q[4];
+    for (int i = 0; i < 4; i++) q[i] = load_words<quad>(from + 16 * t + 4 * i);
+    const quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
+    const quad c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+    const quad out[4] = {__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+                         __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+    constexpr int in_vector = lanes / 4;
+    float* at = half_bytes ? to + t % 2 * lanes + t / 2 * 4 : to + t / in_vector * 4 * lanes + t % in_vector * 4;
+    for (int i = 0; i < 4; i++) store_words(at + i * (half_bytes ? 2 : 1) * lanes, out[i]);
+  }
+}
+
 MK_INLINE void sum_lanes(const int16_t* from, int32_t* start, float* sums, float scale) {
   vi total = {};
   for (int v = 0; v < 4; v++) total = dot_pairs(total, load_words<vs>(from + v * 2 * lanes), vs{} + int16_t{1});
@@ -60,30 +76,29 @@ MK_INLINE void sum_lanes(const int16_t* from, int32_t* start, float* sums, float
   store(sums, to_float(total) * scale);
 }
 
-// One piece, in float32; past `count` zeros.
 template <bool half_bytes>
-bool prepare_halves(const float* x, int16_t* to, int32_t* start, float* sums, float* scale) {
-  vf largest = {};
+MK_INLINE bool prepare_halves(const float* x, int16_t* to, int32_t* start, float* sums, float* scale) {
+  vf largest = {}, nothing = {};
   for (int i = 0; i < piece; i += lanes) {
-    const vf a = magnitude(load(x + i));
-    largest = largest >= a ? largest : a;  // a nan stays
+    const vf v = load(x + i);
+    largest = max(magnitude(v), largest);
+    nothing += v * 0.f;  // nan, where v is not finite
   }
-  const float most = max(largest);
-  if (!(most <= 1e30f) || (most > 0 && most < 1e-30f)) return false;
-  for (int i = 0; i < lanes; i++)
-    if (!(largest[i] <= most)) return false;
+  const float most = fold<lanes / 2>(largest, [](vf a, vf b) { return max(a, b); });
+  const float zero = fold<lanes / 2>(nothing, [](vf a, vf b) { return a + b; });
+  if (!(most + zero <= 1e30f) || (most > 0 && most < 1e-30f)) return false;
   const float per_unit = most > 0 ? 32767.f / most : 0.f;
-  int32_t rounded[piece];
-  for (int i = 0; i < piece; i += lanes) store_words(rounded + i, to_int(load(x + i) * per_unit));
-  for (int e = 0; e < piece; e++) to[place<half_bytes, true>(e)] = (int16_t)rounded[e];
+  int16_t rounded[piece];
+  for (int i = 0; i < piece; i += lanes) store_words(rounded + i, narrow((vu)to_int(load(x + i) * per_unit)));
+  order_halves<half_bytes>(rounded, to);
   *scale = most / 32767.f;
-  if (half_bytes) sum_lanes<half_bytes>(to, start, sums, *scale);
+  if (half_bytes) sum_lanes(to, start, sums, *scale);
   return true;
 }
 
 template <bool half_bytes>
-void prepare_floats(const float* x, float* to, float* sums) {
-  for (int e = 0; e < piece; e++) to[place<half_bytes, false>(e)] = x[e];
+MK_INLINE void prepare_floats(const float* x, float* to, float* sums) {
+  order_floats<half_bytes>(x, to);
   vf total = {};
   for (int v = 0; v < 8; v++) total += load(to + v * lanes);
   store(sums, total);
@@ -92,10 +107,12 @@ void prepare_floats(const float* x, float* to, float* sums) {
 template <class T, bool half_bytes>
 bool prepare_row(const T* x, int64_t k, bool fixed, const Prepared& p) {
   for (int64_t c = 0; c * piece < k; c++) {
-    float values[piece] = {};
+    float values[piece];
     const int64_t count = least(piece, k - c * piece);
-    for (int64_t i = 0; i < count; i += lanes)
-      store(values + i, i + lanes <= count ? load(x + c * piece + i) : load_n(x + c * piece + i, count - i));
+    for (int64_t i = 0; i < piece; i += lanes) {
+      const T* const at = x + c * piece + i;
+      store(values + i, i + lanes <= count ? load(at) : i < count ? load_n(at, count - i) : vf{});
+    }
     if (!fixed)
       prepare_floats<half_bytes>(values, (float*)p.floats + c * piece, (float*)p.sums + c * lanes);
     else if (!prepare_halves<half_bytes>(values, (int16_t*)p.halves + c * piece, (int32_t*)p.start + c * lanes,
@@ -212,6 +229,9 @@ __attribute__((noinline)) void dots(const QuantWeight& w, const Prepared& p, int
 #pragma GCC unroll 8
       for (int r = 0; r < together; r++) {
         from[r] = codes[r] + c * bytes;
+      // The rows that follow: a row is mostly shorter than what the processor's own prefetching takes to see it.
+#pragma GCC unroll 2
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from[r] + together * w.row + line, 0, 2);
         by[r] = scale[r] + g * per_piece;
         if constexpr (with_offset) more[r] = offset[r] + g * per_piece;
       }

@@ -11,6 +11,8 @@ namespace {
 
 typedef int16_t vs __attribute__((vector_size(4 * MK_LANES)));
 typedef uint16_t vus __attribute__((vector_size(4 * MK_LANES)));
+typedef float quad __attribute__((vector_size(16)));
+typedef int16_t octet __attribute__((vector_size(16)));
 
 MK_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
@@ -83,9 +85,22 @@ MK_INLINE vu bytes_at(const uint8_t* p) {
 #endif
 }
 
-template <int shared, int... I>
-MK_INLINE vf each_of(vf v, Indices<I...>) {
-  return __builtin_shufflevector(v, v, (I / shared)...);
+template <int parts>
+MK_INLINE vf each_of(quad v) {
+#if defined(__AVX512F__)
+  constexpr int n = lanes / parts;
+  const vi at = {0,     1 / n, 2 / n,  3 / n,  4 / n,  5 / n,  6 / n,  7 / n,
+                 8 / n, 9 / n, 10 / n, 11 / n, 12 / n, 13 / n, 14 / n, 15 / n};
+  return (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)at, _mm512_castps128_ps512((__m128)v));
+#elif defined(__AVX2__)
+  constexpr int n = lanes / parts;
+  const vi at = {0, 1 / n, 2 / n, 3 / n, 4 / n, 5 / n, 6 / n, 7 / n};
+  return (vf)_mm256_permutevar8x32_ps(_mm256_castps128_ps256((__m128)v), (__m256i)at);
+#else
+  vf out;
+  for (int i = 0; i < lanes; i++) out[i] = v[i * parts / lanes];
+  return out;
+#endif
 }
 
 // p[0 ... parts) over the lanes, each over as many.
@@ -94,9 +109,10 @@ MK_INLINE vf spread(const float* p) {
   if constexpr (parts == 1) {
     return set1(*p);
   } else {
-    vf v = {};
-    __builtin_memcpy(&v, p, parts * sizeof(float));
-    return each_of<lanes / parts>(v, typename Count<lanes>::type());
+    // By way of a whole vector in memory the scales would wait for the stores before them.
+    quad v = {p[0], p[1]};
+    if constexpr (parts == 4) __builtin_memcpy(&v, p, sizeof v);
+    return each_of<parts>(v);
   }
 }
 
