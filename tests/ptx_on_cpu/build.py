@@ -161,8 +161,10 @@ def link(name: str, objects: Sequence[Path], extra: Sequence[str] = ()) -> Path:
 
 
 def compile_kernel(name: str, text: str) -> Path:
-    """The shared library of one translated kernel. -O1: higher levels take many times as long for little."""
-    command = [compiler(), *CXX_FLAGS, "-O1", "-w", "-shared", f"-I{RUNTIME}"]
+    """The shared library of one translated kernel. Higher levels take many times as long for little; least where most
+    of the time goes into the products of warpgroups, which the runtime makes."""
+    level = "-Og" if "emu::wgmma(" in text else "-O1"
+    command = [compiler(), *CXX_FLAGS, level, "-w", "-shared", f"-I{RUNTIME}"]
 
     def make(path: Path) -> None:
         source = path.with_suffix(".cpp")

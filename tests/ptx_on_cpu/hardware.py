@@ -151,18 +151,12 @@ def wgmma(b, m, a):
     if len(sums) != n // 2 or len(a) != (7 if of_registers else 8):
         raise UnknownPtx(f"unknown operands of {m[0]}")
     left = group(a[1]) if of_registers else []
-    numbers = b.wgmma_operands(sums, left)
-    arrays = f"uint32_t d[] = {{{', '.join(f'emu::as<uint32_t>({b.raw(x)})' for x in sums)}}};"
-    if left:
-        arrays += f" const uint32_t qa[] = {{{', '.join(b.v(x, 'u32') for x in left)}}};"
-        arrays += f" static const uint16_t numbers[] = {{{', '.join(map(str, numbers))}}};"
-    fields = [f"emu::Element::{m['e']}", n, "d", "qa" if left else "nullptr", "0" if left else b.v(a[1], "u64")]
-    fields += [b.v(a[2], "u64"), b.v(a[3], "pred"), *(b.v(x, "s32") for x in a[4:6])]
-    fields += [*([] if not left else ["0"]), *(b.v(x, "s32") for x in a[6:])]
-    fields += [b.last_touched([*sums, *left]), "numbers" if left else "nullptr"]
-    out = " ".join(f"{b.raw(x)} = emu::as<decltype({b.raw(x)})>(d[{i}]);" for i, x in enumerate(sums))
-    call = f"const emu::Wgmma w{{{', '.join(map(str, fields))}}}; emu::wgmma(w, {b.site});"
-    return f"{{ {arrays} {call} {out} }}"
+    numbers = ", ".join(map(str, b.wgmma_operands(sums, left)))
+    fields = [f"emu::Element::{m['e']}", n, "operand", "touched", "at", str(bool(left)).lower()]
+    fields += ["0" if left else b.v(a[1], "u64"), b.v(a[2], "u64"), b.v(a[3], "pred")]
+    fields += [*(b.v(x, "s32") for x in a[4:6]), *(["0"] if left else []), *(b.v(x, "s32") for x in a[6:])]
+    call = f"emu::wgmma({{{', '.join(map(str, fields))}}}, {b.site});"
+    return f"{{ static const uint16_t at[] = {{{numbers}}}; {call} }}"
 
 
 # ---- warps with parts to play

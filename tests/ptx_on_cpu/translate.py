@@ -40,7 +40,7 @@ class Flow:
     """The registers of a kernel that wgmma has to do with, by their names in C++."""
 
     sums: set[str] = field(default_factory=set)
-    left: dict[str, int] = field(default_factory=dict)  # registers of an A operand, numbered
+    left: set[str] = field(default_factory=set)  # registers of an A operand
     copies: list[tuple[str, str]] = field(default_factory=list)  # from mov: to, from
 
     def tokens(self) -> set[str]:
@@ -48,7 +48,7 @@ class Flow:
         return self._closure(self.sums, self.copies)
 
     def operands(self) -> set[str]:
-        """What becomes an operand, if only after copies: of these the last write is remembered."""
+        """What becomes an operand, if only after copies: of these the last access is remembered."""
         return self._closure({*self.sums, *self.left}, [(source, to) for to, source in self.copies])
 
     @staticmethod
@@ -69,8 +69,9 @@ class Body:
     def __init__(self, entry: Entry, module: Module, flow: Flow | None = None):
         self.entry, self.site, self.hardware = entry, 0, False
         self.flow = Flow()
-        self.sums, self.left = (flow.sums, flow.left) if flow else (set(), {})
-        self.tokens, self.operands = (flow.tokens(), flow.operands()) if flow else (set(), set())
+        self.sums, self.left = (flow.sums, flow.left) if flow else (set(), set())
+        self.tokens, operands = (flow.tokens(), flow.operands()) if flow else (set(), set())
+        self.operands = {name: i for i, name in enumerate(sorted(operands))}
         self.params = {name: offset for name, offset, _ in entry.params}
         self.declarations: list[str] = []
         self.scopes: list[dict[str, str]] = [{}]
@@ -79,11 +80,11 @@ class Body:
         self.static_shared = 0
         self.symbols: dict[str, str] = {}
         for v in module.variables:
-            self._place(v)
+            self._place_variable(v)
         self.labels = self._find_labels()
         self.code = [line for s in entry.statements if (line := self._statement(s))]
 
-    def _place(self, v: Variable) -> None:
+    def _place_variable(self, v: Variable) -> None:
         if v.space == "shared" and not v.bytes:
             self.symbols[v.name] = "emu::dynamic_at"
         elif v.space == "shared":
@@ -128,7 +129,7 @@ class Body:
             variable = ptx.variable(s.text)
             if variable is None:
                 raise UnknownPtx(s.text)
-            self._place(variable)
+            self._place_variable(variable)
         elif s.kind == "label":
             label = self._label(s.text)
             self.seen_labels.add(label)
@@ -150,9 +151,8 @@ class Body:
                     self._count += 1
                     unique += f"_{self._count}"
                 self.scopes[-1][n] = unique
-                self.declarations.append(f"{REGISTER_TYPE[match[1]]} {unique}{' = 0' * (unique in self.tokens)};")
-                if unique in self.operands:
-                    self.declarations.append(f"uint32_t w_{unique} = 0;")
+                if unique not in self.operands:
+                    self.declarations.append(f"{REGISTER_TYPE[match[1]]} {unique}{' = 0' * (unique in self.tokens)};")
 
     def _code(self, text: str) -> str:
         guard = re.match(r"@(!?)([\w%$]+)\s+", text)
@@ -180,18 +180,27 @@ class Body:
     def put(self, target: str, value: str) -> str:
         if target.strip() == "_":
             return ""
-        name = self.raw(target)
-        before = f"emu::fragment_written({self.left[name]}, {self.site}); " if name in self.left else ""
-        before += f"emu::overwrite({name}, {self.site}); " if name in self.sums else ""
-        after = f" w_{name} = me->fences + 1;" if name in self.operands else ""
-        return f"{before}{name} = emu::as<decltype({name})>({value});{after}"
+        name = self._name_of(target)
+        if name not in self.operands:
+            return f"{name} = emu::as<decltype({name})>({value});"
+        return self._write(name, f"emu::as<uint32_t>({value})")
 
-    def raw(self, operand: str) -> str:
-        """A register as it is, even with a token in it."""
+    def _name_of(self, operand: str) -> str:
         name = self.register(operand.strip())
         if name is None:
             raise UnknownPtx(f"no register {operand}")
         return name
+
+    def _place(self, name: str) -> str:
+        """A register as it is, even with a token in it: operands of wgmma are in an array."""
+        return f"operand[{self.operands[name]}]" if name in self.operands else name
+
+    def _write(self, name: str, value: str) -> str:
+        i = self.operands[name]
+        before = f"emu::fragment_written({i}, {self.site}); " if name in self.left else ""
+        if name in self.sums:
+            return f"{before}emu::write_sum(operand[{i}], touched[{i}], {value}, {self.site});"
+        return f"{before}operand[{i}] = {value}; touched[{i}] = me->fences + 1;"
 
     def copy(self, target: str, source: str, kind: str) -> str | None:
         """A mov between registers of 32 bits that wgmma may have to do with: tokens are copied as they are."""
@@ -199,23 +208,22 @@ class Body:
         if to is None or start is None or not kind.endswith("32"):
             return None
         self.flow.copies.append((to, start))
-        if not {to, start} & (self.tokens | self.operands):
+        if not {to, start} & {*self.tokens, *self.operands}:
             return None
-        before = f"emu::fragment_written({self.left[to]}, {self.site}); " if to in self.left else ""
-        if to in self.sums:
-            before += f"if (emu::as<uint32_t>({to}) != emu::as<uint32_t>({start})) emu::overwrite({to}, {self.site}); "
-        written = f"w_{start}" if start in self.operands else "0"
-        after = f" w_{to} = {written};" if to in self.operands else ""
-        return f"{{ {before}{to} = emu::as<decltype({to})>({start});{after} }}"
+        a, b = self._place(to), self._place(start)
+        if to not in self.operands:
+            return f"emu::assign({a}, {b});"
+        # The token of a sum may come back to where it is: that is no write.
+        value = f"emu::as<uint32_t>({b})"
+        touched = f"touched[{self.operands[start]}]" if start in self.operands else "0"
+        return f"if ({a} != {value}) {{ {self._write(to, value)} }} touched[{self.operands[to]}] = {touched};"
 
     def wgmma_operands(self, sums: list[str], left: list[str]) -> list[int]:
-        """The numbers of the registers of the A operand."""
-        self.flow.sums.update(self.raw(x) for x in sums)
-        return [self.flow.left.setdefault(self.raw(x), len(self.flow.left)) for x in left]
-
-    def last_touched(self, operands: list[str]) -> str:
-        known = [f"w_{name}" for name in map(self.raw, operands) if name in self.operands]
-        return f"std::max({{{', '.join(['0u', *known])}}})"
+        """The numbers of the registers of the sums, and those of the A operand behind them."""
+        d, a = [self._name_of(x) for x in sums], [self._name_of(x) for x in left]
+        self.flow.sums.update(d)
+        self.flow.left.update(a)
+        return [self.operands.get(name, 0) for name in (*d, *a)]
 
     def v(self, operand: str, kind: str) -> str:
         """The value of an operand as C++ of a PTX type."""
@@ -227,8 +235,10 @@ class Body:
     def _value(self, x: str) -> str:
         if (register := self.register(x)) is not None:
             if register in self.sums:
-                return f"emu::read_sum({register}, w_{register}, {self.site})"
-            return f"emu::settled({register}, {self.site})" if register in self.tokens else register
+                i = self.operands[register]
+                return f"emu::read_sum(operand[{i}], touched[{i}], {self.site})"
+            place = self._place(register)
+            return f"emu::settled({place}, {self.site})" if register in self.tokens else place
         if x in SPECIAL:
             return SPECIAL[x]
         if x in self.symbols:
@@ -292,13 +302,15 @@ def translate(module: Module, name: str) -> str:
     offsets = ", ".join(str(offset) for _, offset, _ in entry.params) or "0"
     sizes = ", ".join(str(size) for _, _, size in entry.params) or "0"
     lines = "\n  ".join(body.code)
+    count = len(body.operands)
+    operands = f"uint32_t operand[{count}] = {{}}, touched[{count}] = {{}};\n  " if count else ""
     return f"""#include "emu.h"
 #include <limits>
 {arrays}
 static void run(const char* params) {{
   emu::Fiber* const me = emu::current;
   (void)me, (void)params;
-  {" ".join(body.declarations)}
+  {operands}{" ".join(body.declarations)}
   {lines}
 }}
 static const int offset[] = {{{offsets}}}, size[] = {{{sizes}}};

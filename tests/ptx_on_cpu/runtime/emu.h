@@ -182,17 +182,21 @@ void bulk_commit(uint32_t site);
 void bulk_wait(int keep, bool read, uint32_t site);
 
 // ---- products of a warpgroup
-// d (m64n`n`, as bits) = a b + (keep ? d : 0), of matrices in shared memory by their descriptors, or a of registers.
+// d = a b + (keep ? d : 0), d of 64 by n; matrices in shared memory by their descriptors, or a of registers.
 struct Wgmma {
   Element e;
   int n;
-  uint32_t* d;
-  const uint32_t* a;  // null: by its descriptor
+  uint32_t* operand;   // the registers that are operands of any wgmma, as bits,
+  uint32_t* touched;   // and for each the fences before its last access, + 1
+  const uint16_t* at;  // which of them d is in, and a
+  bool a_in_registers;
   uint64_t a_at, b_at;
   bool keep;
   int scale_a, scale_b, transpose_a, transpose_b;
-  uint32_t touched;          // fences before the last access to an operand register, + 1
-  const uint16_t* a_number;  // which registers a is in
+
+  int sums() const { return n / 2; }
+  uint32_t& d(int i) const { return operand[at[i]]; }
+  uint32_t a(int i) const { return operand[at[sums() + i]]; }
 };
 void wgmma(const Wgmma& w, uint32_t site);
 void wgmma_fence(uint32_t site);
@@ -201,23 +205,19 @@ void wgmma_wait(int keep, uint32_t site);
 // A register whose product is under way holds a token, a signalling NaN that says which. Copies of it are tokens too.
 inline bool is_token(uint32_t v) { return (v & 0xffc00000u) == 0xff800000u && v != 0xff800000u; }
 uint32_t wgmma_value(uint32_t token, uint32_t site);
-void wgmma_overwrite(uint32_t token, uint32_t site);
 void fragment_written(int number, uint32_t site);
+template <class T, class U>
+inline void assign(T& to, U v) {
+  to = as<T>(v);
+}
 template <class T>
 inline T& settled(T& r, uint32_t site) {
   if (const auto v = as<uint32_t>(r); is_token(v)) r = as<T>(wgmma_value(v, site));
   return r;
 }
-// A register of sums is read: a wgmma that has it next needs a fence after that.
-template <class T>
-inline T& read_sum(T& r, uint32_t& touched, uint32_t site) {
-  touched = current->fences + 1;
-  return settled(r, site);
-}
-template <class T>
-inline void overwrite(const T& r, uint32_t site) {
-  if (const auto v = as<uint32_t>(r); is_token(v)) wgmma_overwrite(v, site);
-}
+// A register of sums is read, or written: a wgmma that has it next needs a fence after that.
+uint32_t read_sum(uint32_t& r, uint32_t& touched, uint32_t site);
+void write_sum(uint32_t& r, uint32_t& touched, uint32_t v, uint32_t site);
 
 // ---- warps with parts to play
 bool elect(uint32_t mask, uint32_t site);

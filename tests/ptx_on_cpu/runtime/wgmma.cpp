@@ -88,24 +88,26 @@ void check_same(const Fiber* lanes, uint32_t site) {
     const Wgmma& w = of(f);
     if (f.site != site)
       fail("threads of a warpgroup have come to different wgmma: " + where(site) + " and " + where(f.site));
-    if (w.b_at != first.b_at || w.keep != first.keep || (!w.a && w.a_at != first.a_at))
+    if (w.b_at != first.b_at || w.keep != first.keep || (!w.a_in_registers && w.a_at != first.a_at))
       fail_at("wgmma with descriptors or a scale-d that differ within the warpgroup", site);
     if (f.products != lanes[0].products)
       fail_at("threads of a warpgroup have committed different groups of wgmma", site);
     if (!f.fences) fail_at("first wgmma without a wgmma.fence", site);
-    if (w.touched > f.fences)
+    uint32_t touched = 0;
+    for (int i = 0; i < w.sums() + (w.a_in_registers ? 4 : 0); i++) touched = std::max(touched, w.touched[w.at[i]]);
+    if (touched > f.fences)
       fail_at("wgmma with a register that was written, or read as a sum, after the last wgmma.fence", site);
   }
 }
 
 // The sums whose tokens all threads hold in order; kSums where these are values.
 unsigned continued(const Group& g, const Fiber* lanes, const Wgmma& first, uint32_t site) {
-  if (!is_token(first.d[0])) return kSums;
-  const unsigned id = sums_of(first.d[0]);
+  if (!is_token(first.d(0))) return kSums;
+  const unsigned id = sums_of(first.d(0));
   const Sums& s = g.sums[id];
   bool whole = s.n == first.n;
   for (unsigned t = 0; t < kLanes && whole; t++)
-    for (int i = 0; i < first.n / 2 && whole; i++) whole = of(lanes[t]).d[i] == token(id, s.version, i);
+    for (int i = 0; i < first.sums() && whole; i++) whole = of(lanes[t]).d(i) == token(id, s.version, i);
   if (whole) return id;
   if (first.keep || s.group > lanes[0].products_done)
     fail_at("sums under way are used by a wgmma of another shape or order", site);
@@ -120,8 +122,8 @@ unsigned begun(Group& g, const Fiber* lanes, const Wgmma& first, uint32_t site) 
   s.n = first.n;
   s.v.assign(size_t{64} * static_cast<unsigned>(first.n), 0.f);
   for (unsigned t = 0; first.keep && t < kLanes; t++)
-    for (int i = 0; i < first.n / 2; i++) {
-      const uint32_t v = of(lanes[t]).d[i];
+    for (int i = 0; i < first.sums(); i++) {
+      const uint32_t v = of(lanes[t]).d(i);
       if (is_token(v)) fail_at("wgmma that adds to registers of which some are under way and some are not", site);
       s.v[place(t, i, first.n)] = as<float>(v);
     }
@@ -135,13 +137,15 @@ std::vector<float> fragments(Fiber* lanes, Element e, uint32_t group) {
     const Wgmma& w = of(lanes[t]);
     for (int q = 0; q < 4; q++) {
       const unsigned row = t / 32 * 16 + t % 32 / 4 + (q & 1) * 8, k = t % 4 * 2 + (q >> 1) * 8;
+      const uint32_t a_q = w.a(q);
       for (unsigned h = 0; h < 2; h++) {
-        const auto bits = static_cast<uint16_t>(w.a[q] >> 16 * h);
+        const auto bits = static_cast<uint16_t>(a_q >> 16 * h);
         a[(k + h) * 64 + row] = e == Element::bf16 ? wide(bf16{bits}) : wide(f16{bits});
       }
       auto& reading = lanes[t].reading;
-      if (reading.size() <= w.a_number[q]) reading.resize(w.a_number[q] + 1u);
-      reading[w.a_number[q]] = {group, lanes[t].site};
+      const size_t number = w.at[w.sums() + q];
+      if (reading.size() <= number) reading.resize(number + 1);
+      reading[number] = {group, lanes[t].site};
     }
   }
   return a;
@@ -186,13 +190,13 @@ void start(Group& g, Fiber* lanes, uint32_t site) {
             static_cast<float>(w.scale_a * w.scale_b)};
   Actor by{agents.wgmma + warpgroup(lanes[0]) * 4, group, nullptr, nullptr, true};
   if (checking) by.known = &least_known(g, lanes);
-  if (w.a)
+  if (w.a_in_registers)
     p.a = fragments(lanes, w.e, group);
   else
     p.a_at.check(by, site);
   p.b_at.check(by, site);
   for (unsigned t = 0; t < kLanes; t++)
-    for (int i = 0; i < w.n / 2; i++) of(lanes[t]).d[i] = token(id, s.version, i);
+    for (int i = 0; i < w.sums(); i++) of(lanes[t]).d(i) = token(id, s.version, i);
   counts.wgmma++, counts.mma_flops += 2ull * 64 * 16 * static_cast<unsigned>(w.n);
   if (late)
     g.under_way.push_back(std::move(p));
@@ -266,11 +270,20 @@ uint32_t wgmma_value(uint32_t t, uint32_t site) {
   return as<uint32_t>(s.v[place(me.flat % kLanes, static_cast<int>(t & 127), s.n)]);
 }
 
-void wgmma_overwrite(uint32_t t, uint32_t site) {
-  const Fiber& me = *current;
-  const Sums& s = groups[warpgroup(me)].sums[sums_of(t)];
-  if (s.version % kVersions == version_of(t) && s.group > me.products_done)
-    fail("write of a register whose wgmma is under way at " + where(site) + ", against wgmma at " + where(s.site));
+uint32_t read_sum(uint32_t& r, uint32_t& touched, uint32_t site) {
+  touched = current->fences + 1;
+  return settled(r, site);
+}
+
+void write_sum(uint32_t& r, uint32_t& touched, uint32_t v, uint32_t site) {
+  if (is_token(r)) {
+    const Fiber& me = *current;
+    const Sums& s = groups[warpgroup(me)].sums[sums_of(r)];
+    if (s.version % kVersions == version_of(r) && s.group > me.products_done)
+      fail("write of a register whose wgmma is under way at " + where(site) + ", against wgmma at " + where(s.site));
+  }
+  touched = current->fences + 1;
+  r = v;
 }
 
 void fragment_written(int number, uint32_t site) {
