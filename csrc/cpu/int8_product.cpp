@@ -10,7 +10,9 @@ namespace {
 typedef uint8_t bytes __attribute__((vector_size(MK_LANES)));
 
 constexpr int tile_rows = lanes == 16 ? 6 : 2, tile_outputs = 4;
-constexpr int64_t most_rows = 96, block = 4096;  // of x at a time: 400 KB, which the second-level cache keeps
+// 12 rows of x by 2048 stay in the first-level cache while 64 rows of codes come by from the second.
+constexpr int64_t most_rows = 12, most_outputs = 64, block = 2048;
+using Sums = int64_t[most_rows][tile_outputs];
 
 MK_INLINE vi some_codes(const uint8_t* p, int64_t count) {
   vi v = {};
@@ -45,15 +47,13 @@ __attribute__((noinline)) void tile(const uint8_t* x, int64_t x_row, const uint8
   }
 }
 
-void sum_codes(const uint8_t* const* w, int64_t count, int64_t* sums) {
+int64_t sum_codes(const uint8_t* w, int64_t count) {
   const vi ones = set1(0x01010101);
-  for (int r = 0; r < tile_outputs; r++) {
-    vi c = {};
-    int64_t at = 0;
-    for (; at + 4 * lanes <= count; at += 4 * lanes) c = dot_bytes(c, ones, load_words<vi>(w[r] + at));
-    if (at < count) c = dot_bytes(c, ones, some_codes(w[r] + at, count - at));
-    sums[r] += fold<lanes / 2>(c, [](vi a, vi b) { return a + b; });
-  }
+  vi c = {};
+  int64_t at = 0;
+  for (; at + 4 * lanes <= count; at += 4 * lanes) c = dot_bytes(c, ones, load_words<vi>(w + at));
+  if (at < count) c = dot_bytes(c, ones, some_codes(w + at, count - at));
+  return fold<lanes / 2>(c, [](vi a, vi b) { return a + b; });
 }
 
 void tiles(const Int8Product& a, int64_t first, int64_t rows, int64_t at, const uint8_t* const* w, int64_t count,
@@ -63,38 +63,52 @@ void tiles(const Int8Product& a, int64_t first, int64_t rows, int64_t at, const 
     of[least(tile_rows, rows - i) - 1](a.x + (first + i) * a.x_row + at, a.x_row, w, count, sums + i);
 }
 
-// One block of rows by up to tile_outputs outputs, into floats of `quant_group` a row.
-void multiply_block(const Int8Product& a, int64_t first, int64_t rows, int64_t n, int64_t count, float* out) {
+// The products of one group's columns [begin, end).
+void multiply_group(const Int8Product& a, int64_t first, int64_t rows, int64_t n, int64_t count, int64_t begin,
+                    int64_t end, Sums* sums) {
+  const QuantWeight& weight = *a.weight;
+  for (int64_t k = begin; k < end; k += block)
+    for (int64_t r = 0; r < count; r += tile_outputs) {
+      const uint8_t* w[tile_outputs];
+      for (int j = 0; j < tile_outputs; j++) w[j] = weight.codes + (n + least(r + j, count - 1)) * weight.row + k;
+      tiles(a, first, rows, k, w, least(block, end - k), sums[r / tile_outputs]);
+    }
+}
+
+// Up to most_rows by most_outputs, into floats. `of_codes` is the sum of each row of codes, where it is one group.
+void multiply_block(const Int8Product& a, int64_t first, int64_t rows, int64_t n, int64_t count,
+                    const int64_t* of_codes, float (*out)[most_outputs]) {
   const QuantWeight& weight = *a.weight;
   for (int64_t g = 0; g < weight.groups; g++) {
     const int64_t begin = g * weight.group, end = weight.groups == 1 ? weight.k : least(weight.k, begin + weight.group);
-    int64_t sums[most_rows][tile_outputs] = {}, of_codes[tile_outputs] = {};
-    for (int64_t k = begin; k < end; k += block) {
-      const uint8_t* w[tile_outputs];
-      for (int r = 0; r < tile_outputs; r++) w[r] = weight.codes + (n + least(r, count - 1)) * weight.row + k;
-      const int64_t some = least(block, end - k);
-      tiles(a, first, rows, k, w, some, sums);
-      sum_codes(w, some, of_codes);
-    }
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t r = 0; r < count; r++) {
-        const float product = (float)(sums[i][r] - 128 * of_codes[r]);
-        out[i * quant_group + r] += product * a.x_scale[first + i] * weight.scale[(n + r) * weight.groups + g];
+    Sums sums[most_outputs / tile_outputs] = {};
+    multiply_group(a, first, rows, n, count, begin, end, sums);
+    for (int64_t r = 0; r < count; r++) {
+      const int64_t sum =
+          weight.groups == 1 ? of_codes[r] : sum_codes(weight.codes + (n + r) * weight.row + begin, end - begin);
+      const float scale = weight.scale[(n + r) * weight.groups + g];
+      for (int64_t i = 0; i < rows; i++) {
+        const float product =
+            (float)(sums[r / tile_outputs][i][r % tile_outputs] - 128 * sum);  // of codes: x has 128 more
+        out[i][r] += product * a.x_scale[first + i] * scale;
       }
+    }
   }
 }
 
 template <class T>
 void multiply(const Int8Product& a) {
   const int64_t last = a.share.first + a.share.count;
-  for (int64_t first = 0; first < a.rows; first += most_rows) {
-    const int64_t rows = least(most_rows, a.rows - first);
-    for (int64_t n = a.share.first; n < last; n += quant_group) {
-      float out[most_rows * quant_group] = {};
-      const int64_t count = least(quant_group, last - n);
-      for (int64_t r = 0; r < count; r += tile_outputs)
-        multiply_block(a, first, rows, n + r, least(tile_outputs, count - r), out + r);
-      for (int64_t i = 0; i < rows; i++) finish<T>(a.share, first + i, n, count, out + i * quant_group);
+  for (int64_t n = a.share.first; n < last; n += most_outputs) {
+    const int64_t count = least(most_outputs, last - n);
+    int64_t of_codes[most_outputs];
+    for (int64_t r = 0; r < count && a.weight->groups == 1; r++)
+      of_codes[r] = sum_codes(a.weight->codes + (n + r) * a.weight->row, a.weight->k);
+    for (int64_t first = 0; first < a.rows; first += most_rows) {
+      const int64_t rows = least(most_rows, a.rows - first);
+      float out[most_rows][most_outputs] = {};
+      multiply_block(a, first, rows, n, count, of_codes, out);
+      for (int64_t i = 0; i < rows; i++) finish<T>(a.share, first + i, n, count, out[i]);
     }
   }
 }
