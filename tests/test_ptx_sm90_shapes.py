@@ -1,4 +1,4 @@
-"""Compute capability 9.0 in the emulator: boxes of every rank, tensor maps' limits, wgmma of other widths."""
+"""Compute capability 9.0 in the emulator: boxes of every rank, tensor maps' limits, widths of wgmma, rule by rule."""
 
 import ctypes
 import re
@@ -214,3 +214,71 @@ def test_wgmma_of_other_widths(widths, n, late, of_registers):
     with option("late", late):
         widths.call(f"launch_{n}", a, b, c, of_registers)
     assert torch.equal(c, WIDTHS[n] * (a.float() @ b.float().T))
+
+
+# ---- one mistake a rule
+
+
+@pytest.fixture(scope="module")
+def rules():
+    return Program("rules", [FIXTURES / "rules.cu"], [FIXTURES], arch="90a")
+
+
+def break_rule(program, bug):
+    x, y, no_map = guarded(torch.zeros(128)), empty((256,), torch.float32), guarded(torch.zeros(64))
+    program.call("fixture_rules", x, y, no_map, bug)
+
+
+MISTAKES = {
+    1: "mbarrier at an address that is no multiple of 8",
+    2: "mbarrier out of bounds",
+    3: "count outside 1..2",
+    4: "initialisation of a live mbarrier",
+    5: "bytes due",
+    6: "access to an mbarrier on byte",
+    7: "where none is initialised",
+    8: "block ends while a bulk copy to shared memory is under way",
+    9: "no multiple of 16",
+    10: "no multiple of 16",
+    11: "past the end of shared memory",
+    12: "access out of bounds on global memory: a copy for the mbarrier",
+    13: "what should be a tensor map is none",
+    14: "of another rank",
+    15: "no multiple of 128",
+    16: "block ends while a bulk copy to shared memory is under way",
+    17: "block ends with 16 bytes due",
+    18: "no end of polling the mbarrier",
+    19: "bulk copy is still writing",
+    20: "differ within the warpgroup",
+    21: "starts 128 bytes into its swizzle pattern",
+    22: "past the end of shared memory",
+    23: "base offset, which is not modelled",
+    24: "differ within the warpgroup",
+    25: "have committed different groups",
+    26: "of another shape or order",
+    27: "write of a register whose wgmma is under way at .*, against wgmma at",
+    28: "read of sums before wgmma.wait_group",
+    29: "ends without waiting for its wgmma",
+    30: "some are under way and some are not",
+    31: "write of a register that a wgmma under way reads at .*, against wgmma at",
+    40: "setmaxnreg.dec to more",
+    41: "setmaxnreg.inc to less",
+    42: "have not run the same setmaxnreg",
+    43: "barrier number outside",
+    44: "no multiple of 32",
+    45: "128 arrivals left in barrier 1",
+    46: "wait in elect",
+    47: "wait in wgmma",
+}
+
+
+@pytest.mark.parametrize("bug", MISTAKES)
+def test_mistake_is_found(rules, bug):
+    with pytest.raises(Finding, match=MISTAKES[bug]):
+        break_rule(rules, bug)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_no_mistake_no_finding(rules, late):
+    with option("late", late):
+        break_rule(rules, 0)

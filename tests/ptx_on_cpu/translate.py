@@ -77,7 +77,7 @@ class Body:
         self.scopes: list[dict[str, str]] = [{}]
         self.seen_labels: set[str] = set()
         self._count = 0
-        self.static_shared = 0
+        self.static_shared, self.dynamic_align = 0, 1
         self.symbols: dict[str, str] = {}
         for v in module.variables:
             self._place_variable(v)
@@ -87,6 +87,7 @@ class Body:
     def _place_variable(self, v: Variable) -> None:
         if v.space == "shared" and not v.bytes:
             self.symbols[v.name] = "emu::dynamic_at"
+            self.dynamic_align = max(self.dynamic_align, v.align)
         elif v.space == "shared":
             self.static_shared = -(-self.static_shared // v.align) * v.align
             self.symbols[v.name] = f"{self.static_shared}u"
@@ -316,6 +317,6 @@ static void run(const char* params) {{
 static const int offset[] = {{{offsets}}}, size[] = {{{sizes}}};
 static const emu::Kernel::Constant constants[] = {{{table}}};
 extern "C" __attribute__((visibility("default"))) const emu::Kernel emu_kernel = {{
-    "{name}", run, {len(entry.params)}, offset, size, {body.static_shared}, {entry.max_threads},
+    "{name}", run, {len(entry.params)}, offset, size, {body.static_shared}, {body.dynamic_align}, {entry.max_threads},
     {entry.registers}, {module.capability}, {"true" if body.hardware else "false"}, constants}};
 """

@@ -168,8 +168,10 @@ int emu_launch(const char* name, EmuDim3 grid, EmuDim3 threads, void** args, siz
   alignas(128) char params[4096] = {};
   for (int i = 0; i < kernel->params; i++) memcpy(params + kernel->offset[i], args[i], kernel->size[i]);
   grid_size = {grid.x, grid.y, grid.z}, block_size = {threads.x, threads.y, threads.z};
-  // Dynamic memory starts 128 bytes past a multiple of 1024: a kernel that needs more must align by itself.
-  dynamic_at = dynamic ? static_cast<uint32_t>((kernel->static_shared + 1023) / 1024 * 1024 + 128) : 0;
+  // Dynamic memory starts no better aligned than it is declared, if at 128 bytes: a kernel that needs more must align.
+  const size_t align = std::max<size_t>(kernel->dynamic_align, 128);
+  dynamic_at =
+      dynamic ? static_cast<uint32_t>((kernel->static_shared + 2 * align - 1) / (2 * align) * 2 * align + align) : 0;
   counts = Counts{};
   run_grid(params, dynamic ? dynamic_at + dynamic : kernel->static_shared);
   launches.push_back({kernel->name, counts});

@@ -69,7 +69,7 @@ struct Kernel {
   void (*run)(const char* params);
   int params;
   const int *offset, *size;
-  size_t static_shared;
+  size_t static_shared, dynamic_align;
   int max_threads, registers, capability;  // registers a thread at launch
   bool hardware;                           // has instructions that set hardware going: mbarriers, bulk copies, wgmma
   struct Constant {
