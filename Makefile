@@ -68,7 +68,7 @@ performance-docs: build $(STAMPS)/sample ## measure on this machine and write do
 # The oldest transformers that is supported, the newest that takes the published `kernels`, and the pinned one. Each
 # environment adds its transformers to the packages of .venv.
 TRANSFORMERS := 5.20.2+kernels==0.17.2 5.22.2+kernels==0.17.2 5.23.0
-HF_TESTS := tests/test_patch.py tests/test_patch_cache.py tests/test_patch_train.py tests/test_hub_kernels.py
+HF_TESTS := tests/test_patch.py tests/test_patch_cache.py tests/test_patch_habits.py tests/test_patch_train.py tests/test_hub_kernels.py
 
 .PHONY: hf-demo
 hf-demo: build $(STAMPS)/sample ## a real model under transformers with and without the patch; docs/huggingface.md

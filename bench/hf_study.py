@@ -7,6 +7,7 @@ alike. Writes smollm2.json, and its tables into docs/huggingface.md.
 
 import argparse
 import ctypes
+import itertools
 import json
 import subprocess
 import sys
@@ -33,6 +34,7 @@ QUESTIONS = (
     "Write a short poem about a lighthouse keeper who collects the names of all ships that pass by at night.",
 )
 MARKS = ("<!-- smollm2 begins -->", "<!-- smollm2 ends -->")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FIELDS = ("prefill", "decode", "generate_peak", "train", "train_peak")
 
 
@@ -92,6 +94,14 @@ def compared(model: Any, plain: list[int], patched: list[int], prompt: list[int]
     return found
 
 
+def padded_rows(model: Any, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
+    """Each row of a left-padded batch against the row alone."""
+    ids, mask = left_padded(prompts)
+    together = continued(model, ids, count, attention_mask=mask)
+    alone = [continued(model, torch.tensor([prompt]), count)[0] for prompt in prompts]
+    return [compared(model, a, b, p) for a, b, p in zip(alone, together, prompts, strict=True)]
+
+
 def agreement(model: Any, tokenizer: Any, count: int, batch_count: int) -> dict[str, Any]:
     """Greedy tokens with and without the patch, left-padded rows with each alone; the model is left as it came."""
     prompts = chats(tokenizer, QUESTIONS)
@@ -99,20 +109,18 @@ def agreement(model: Any, tokenizer: Any, count: int, batch_count: int) -> dict[
     plain = continued(model, question, count)[0]
     with torch.inference_mode():
         before = model(question).logits
+    plain_rows = padded_rows(model, prompts, batch_count)
     done: Report = patch(model)
     patched = continued(model, question, count)[0]
-    ids, mask = left_padded(prompts)
-    together = continued(model, ids, batch_count, attention_mask=mask)
-    alone = [continued(model, torch.tensor([prompt]), batch_count)[0] for prompt in prompts]
+    patched_rows = padded_rows(model, prompts, batch_count)
     unpatch(model)
     with torch.inference_mode():
         restored = torch.equal(model(question).logits, before)
-    rows = [compared(model, a, b, p) for a, b, p in zip(alone, together, prompts, strict=True)]
     return dict(
         report=str(done).splitlines(),
         text=tokenizer.decode(patched),
         greedy=compared(model, plain, patched, prompts[1]),
-        padded_rows=rows,
+        padded_rows=dict(patched=patched_rows, transformers=plain_rows),
         unpatch_restores_bitwise=restored,
     )
 
@@ -123,11 +131,11 @@ def agreement(model: Any, tokenizer: Any, count: int, batch_count: int) -> dict[
 class Clock:
     """Sees each token as `generate` streams it; the prompt is the first."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now, self.times = now, list[float]()
 
     def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
 
     def end(self) -> None:
         pass
@@ -151,7 +159,7 @@ def generation(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> di
     seen["continuation"] = once()
     seen["generate_peak"] = trimmed_peak(once)
     for _ in range(options.repeats):
-        clock = Clock()
+        clock = Clock(CLOCKS[options.clock])
         once(clock)
         start, first, *_, last = clock.times
         seen["prefill"].append(ids.shape[1] / (first - start))
@@ -169,11 +177,11 @@ def training(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> dict
 
     once()
     model.zero_grad()
-    peak, rates = trimmed_peak(once), []
+    peak, rates, now = trimmed_peak(once), [], CLOCKS[options.clock]
     for _ in range(options.repeats):
-        start = time.perf_counter()
+        start = now()
         once()
-        rates.append(ids.numel() / (time.perf_counter() - start))
+        rates.append(ids.numel() / (now() - start))
     return dict(train=rates, train_peak=peak)
 
 
@@ -238,9 +246,9 @@ def said(found: dict[str, Any]) -> str:
 def tables(result: dict[str, Any]) -> str:
     machine, given = result["machine"], result["options"]
     lines = [("greedy tokens, patched against not", *(said(a["greedy"]) for a in result["agreement"].values()))]
-    for n in range(len(QUESTIONS)):
-        row = (said(a["padded_rows"][n]) for a in result["agreement"].values())
-        lines.append((f"left-padded row {n + 1} of {len(QUESTIONS)} against alone, patched", *row))
+    for which, n in itertools.product(("patched", "transformers"), range(len(QUESTIONS))):
+        row = (said(a["padded_rows"][which][n]) for a in result["agreement"].values())
+        lines.append((f"left-padded row {n + 1} of {len(QUESTIONS)} against alone, {which}", *row))
     restored = ("yes" if a["unpatch_restores_bitwise"] else "NO" for a in result["agreement"].values())
     lines.append(("`unpatch` restores bitwise", *restored))
     head = ("variant", "prefill, tokens/s", "decode, tokens/s", "peak, MiB", "training, tokens/s", "peak, MiB")
@@ -254,8 +262,9 @@ def tables(result: dict[str, Any]) -> str:
         f"Prompt of {given['prompt']} tokens, then {given['tokens']} greedy ones; training: forward and backward of one"
         f" row of {given['prompt']}. {given['dtype']}, {on}, transformers {machine['transformers']}, commit"
         f" {machine['commit']}. Medians over {given['rounds']} processes of each variant that took turns,"
-        f" {given['repeats']} runs in each, with the range from the tenth to the ninetieth percentile; peaks beyond"
-        " what the loaded model holds. Compiled: `fullgraph=True`, a static cache, compilation itself not counted.",
+        f" {given['repeats']} runs in each, {given['clock']} time, with the range from the tenth to the ninetieth"
+        " percentile; peaks beyond what the loaded model holds. Compiled: `fullgraph=True`, a static cache,"
+        " compilation itself not counted.",
         report.markdown(head, rows),
         *(f"Could not run, {name}: {reason}" for name, reason in result["could_not_run"].items()),
     ]
@@ -278,6 +287,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, help="a Markdown page whose marked part is replaced by the tables")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of what is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's CPU time, for a busy machine; one thread"
+    )
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the timed prompt (default: 512)")
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens (default: 64)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant (default: 3)")
@@ -287,6 +299,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, least in dict(threads=1, prompt=1, tokens=3, rounds=1, repeats=1).items():
         if getattr(options, name) < least:
             parser.error(f"--{name} is {getattr(options, name)}; it must be at least {least}")
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error(f"--clock cpu adds the time of all threads up; --threads is {options.threads}, it must be 1")
     options.model = options.model or smollm2_path()
     return options
 
@@ -307,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = dict(vars(options), model=options.model.name)
     result = dict(
         machine=facts("cpu", "default"),
-        options={n: kept[n] for n in ("model", "dtype", "threads", "prompt", "tokens", "rounds", "repeats")},
+        options={n: kept[n] for n in ("model", "dtype", "threads", "clock", "prompt", "tokens", "rounds", "repeats")},
         agreement=found,
         summary={name: summary(runs) for name, runs in seen.items() if runs},
         could_not_run=failed,
@@ -318,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
         report.write(options.page, placed(options.page.read_text(encoding="utf-8"), tables(result)))
     print(tables(result))
     same = found["float32"]["greedy"]["parts_at"] is None
-    same = same and all(row["parts_at"] is None for row in found["float32"]["padded_rows"])
+    same = same and all(row["parts_at"] is None for row in found["float32"]["padded_rows"]["patched"])
     return 0 if same and not failed else 1
 
 

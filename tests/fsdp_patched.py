@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from test_patch import make, run, tokens
+from test_patch import attended, make, run, tokens
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from mistral_kernels.patch import patch
@@ -38,7 +38,9 @@ def main() -> None:
     expected = run(make(), ids)
     for first in ("patch", "shard"):
         for mixed in (False, True):
-            found = run(sharded(mesh, first, mixed), mine)
+            model, found = sharded(mesh, first, mixed), {}
+            model.gradient_checkpointing_enable()
+            assert attended(model, lambda model=model, found=found: found.update(run(model, mine))) == 3
             for name in [n for n in expected if n not in ("loss", "logits")]:
                 tolerance = dict(atol=3e-3, rtol=0.1) if mixed else dict(atol=2e-5, rtol=1e-3)
                 torch.testing.assert_close(gathered(found[name]), expected[name], **tolerance, msg=f"{first} {name}")

@@ -22,7 +22,7 @@ def test_same_tokens(loaded, one_thread):
     model, tokenizer = loaded
     found = hf_study.agreement(model, tokenizer, count=64, batch_count=8)
     assert found["greedy"] == dict(tokens=64, parts_at=None)
-    assert found["padded_rows"] == [dict(tokens=8, parts_at=None)] * 3
+    assert found["padded_rows"]["patched"] == [dict(tokens=8, parts_at=None)] * 3
     assert found["unpatch_restores_bitwise"]
     replaced = found["report"][0]
     assert all(op in replaced for op in OPS) and "30 × swiglu" in replaced and "61 × rms_norm" in replaced
@@ -50,12 +50,12 @@ def result():
     figure = dict(median=2.0**21, low=2.0**20, high=2.0**22, count=3)
     agreed = dict(
         greedy=dict(tokens=9, parts_at=None),
-        padded_rows=[dict(tokens=9, parts_at=3, margin=0.125)] * 3,
+        padded_rows=dict.fromkeys(("patched", "transformers"), [dict(tokens=9, parts_at=3, margin=0.125)] * 3),
         unpatch_restores_bitwise=False,
     )
     return dict(
         machine=dict(cpu="x", torch="2", transformers="5", commit="abc"),
-        options=dict(prompt=1, tokens=2, dtype="bfloat16", rounds=1, repeats=1, threads=1),
+        options=dict(prompt=1, tokens=2, dtype="bfloat16", rounds=1, repeats=1, threads=1, clock="cpu"),
         agreement=dict(float32=agreed),
         summary=dict(patched=dict.fromkeys(hf_study.FIELDS, figure) | dict(train_peak=None)),
         could_not_run=dict(transformers="no room"),
@@ -99,5 +99,6 @@ def test_variants_run_in_processes(monkeypatch, capsys):
     seen, failed = hf_study.timed(options)
     assert seen["patched"] == [dict(prefill=[1.0])] * 2 and failed["patched, compiled"] == "no memory"
     assert len(calls) == 6
-    with pytest.raises(SystemExit):
-        hf_study.parse(["--tokens", "2"])
+    for wrong in (["--tokens", "2"], ["--clock", "cpu", "--threads", "2"]):
+        with pytest.raises(SystemExit):
+            hf_study.parse(wrong)

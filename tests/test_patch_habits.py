@@ -53,6 +53,15 @@ def test_configs(family, changes):
     equal(run(model, ids), expected)
 
 
+@pytest.fixture
+def picklable():
+    """Where the package `kernels` is installed, transformers puts local classes into its models."""
+    try:
+        pickle.dumps(make())
+    except AttributeError as error:
+        pytest.skip(f"transformers' own models cannot be pickled here: {error}")
+
+
 def through_pickle(model):
     return pickle.loads(pickle.dumps(model))
 
@@ -66,7 +75,9 @@ def through_torch(model):
 
 @pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("copied", [through_pickle, through_torch, copy.deepcopy])
-def test_copies_are_patched(copied, impl):
+def test_copies_are_patched(copied, impl, request):
+    if copied is not copy.deepcopy:
+        request.getfixturevalue("picklable")
     model, ids = make(), tokens()
     expected = run(model, ids)
     patch(model, impl=impl)
@@ -88,7 +99,7 @@ def logits_of(pickled, ids, answers):
     answers.send(pickle.loads(pickled)(ids).logits.detach().numpy())
 
 
-def test_pickles_arrive_patched_in_another_process():
+def test_pickles_arrive_patched_in_another_process(picklable):
     """Where nobody has patched or registered anything before."""
     model, ids = make(), tokens()
     patch(model)
@@ -102,7 +113,7 @@ def test_pickles_arrive_patched_in_another_process():
     assert torch.equal(found, model(ids).logits)
 
 
-def test_other_methods_pickle_as_ever():
+def test_other_methods_pickle_as_ever(picklable):
     patch(make())
     text = "a,b"
     assert pickle.loads(pickle.dumps(text.split))(",") == ["a", "b"]

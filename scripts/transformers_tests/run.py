@@ -56,7 +56,7 @@ def outcome(case: ElementTree.Element) -> str:
 def run(tests: Path, patched: bool, extra: list[str]) -> dict[str, str]:
     """How each test ended."""
     found = tests.parent / f"{'patched' if patched else 'plain'}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={found}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", f"--junitxml={found}"]
     command += ["-p", "patched_classes"] if patched else []
     command += ["-p", "no:warnings", "--rootdir", str(tests.parent), "-c", os.devnull, *extra]
     environment = dict(os.environ, HF_HUB_OFFLINE="1", RUN_TRAINING_TESTS="1")

@@ -17,6 +17,7 @@ class Tester:
 
     def __init__(self, family, **own):
         self.family, self.own = family, own
+        self.causal_lm_class = getattr(transformers, f"{family}ForCausalLM")
         self.batch_size, self.seq_length, self.is_training = 5, 7, True
         self.hidden_size, self.num_attention_heads, self.num_hidden_layers = 32, 4, 2
 
@@ -43,20 +44,8 @@ class Common(ModelTesterMixin, TrainingTesterMixin):
 
 
 class MistralTest(Common, unittest.TestCase):
-    family, own = "Mistral", dict(sliding_window=None)
-
-
-class MistralWindowTest(Common, unittest.TestCase):
     family, own = "Mistral", dict(sliding_window=4)
 
 
 class LlamaTest(Common, unittest.TestCase):
     family, own = "Llama", {}
-
-
-class Qwen2Test(Common, unittest.TestCase):
-    family, own = "Qwen2", {}
-
-
-class Qwen3Test(Common, unittest.TestCase):
-    family, own = "Qwen3", dict(head_dim=16)

@@ -1,5 +1,6 @@
 """The methods that stand in for a Hugging Face model's own, made on a namespace of ops."""
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -100,8 +101,49 @@ def _fuses(norm: nn.Module) -> bool:
     return own is None or is_marked(own)
 
 
+def _checkpoints_in_forward(cls: type) -> bool:
+    """Whether transformers wraps the forward of such a layer for gradient checkpointing (since 5.23), not its call."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return issubclass(cls, GradientCheckpointingLayer) and "__call__" not in vars(GradientCheckpointingLayer)
+
+
+def _unwrapped(forward: Any) -> Any:
+    """The forward below what transformers wraps around it for gradient checkpointing, once for each derived class."""
+    while "forward_with_checkpointing" in getattr(getattr(forward, "__code__", None), "co_freevars", ()):
+        forward = forward.__wrapped__
+    return forward
+
+
+def checkpointed(forward: Callable, cls: type) -> Callable:
+    """`forward` of an instance of `cls`, under gradient checkpointing where the forward that it replaces was.
+
+    transformers' own wrapper serves the forward of a class only.
+    """
+    if not _checkpoints_in_forward(cls):
+        return forward
+
+    def checkpointing(self, *args, **kwargs):
+        if not (self.gradient_checkpointing and self.training):
+            return forward(self, *args, **kwargs)
+        if not getattr(self, "_can_checkpoint_with_cache", False):  # the backward would write into it a second time
+            empty = dict(use_cache=False, past_key_values=None, layer_past=None)
+            kwargs.update({name: value for name, value in empty.items() if name in kwargs})
+        return self._gradient_checkpointing_func(functools.partial(forward, self, **kwargs), *args)
+
+    return checkpointing
+
+
+def checkpointed_class(forward: Callable, cls: type) -> Callable:
+    """`forward` to be that of `cls`, wrapped by transformers as it wraps any."""
+    if not _checkpoints_in_forward(cls):
+        return forward
+    wrapped: Callable = type(cls.__name__, (cls,), dict(forward=forward)).forward  # type: ignore[attr-defined]
+    return wrapped
+
+
 def layer_forward(ops: Any, original: Callable) -> Callable:
-    add_rms_norm = ops.add_rms_norm
+    add_rms_norm, original = ops.add_rms_norm, _unwrapped(original)
 
     def forward(
         self,

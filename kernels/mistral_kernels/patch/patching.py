@@ -128,8 +128,18 @@ def _is_rms_norm(cls: type) -> bool:
     return cls in parts.NORM_TYPES
 
 
-def replacement(cls: type, ops: Any, wanted: frozenset[str]) -> tuple[str, Callable | None, str | None] | None:
-    """(op, new forward, None) or (op, None, why not) of a class; None where no op is concerned."""
+def _marked(forward: Callable, cls: type, op: str, impl: str | None, instance: bool) -> Callable:
+    wrap = parts.checkpointed if instance else parts.checkpointed_class
+    return parts.marked(wrap(forward, cls), op, impl)
+
+
+def replacement(
+    cls: type, ops: Any, wanted: frozenset[str], instance: bool
+) -> tuple[str, Callable | None, str | None] | None:
+    """(op, new forward, None) or (op, None, why not) of a class; None where no op is concerned.
+
+    instance: the forward is for an instance, not for the class.
+    """
     cls = _base(cls)
     forward = cls.__dict__.get("forward")
     if parts.is_marked(forward):
@@ -137,13 +147,13 @@ def replacement(cls: type, ops: Any, wanted: frozenset[str]) -> tuple[str, Calla
     for op, forms, make in _FORWARDS:
         if sources.same(forward, *forms):
             _is_rms_norm(cls)
-            return (op, parts.marked(make(ops, forward), op, ops.impl), None) if op in wanted else None
+            return (op, _marked(make(ops, forward), cls, op, ops.impl, instance), None) if op in wanted else None
     for op, ends in _ENDS.items():
         if op not in wanted or not cls.__name__.endswith(ends):
             continue
         if op == "rope":
             new, reason = _rope_forward(cls, ops)
-            return op, new and parts.marked(new, op, ops.impl), reason
+            return op, new and _marked(new, cls, op, ops.impl, instance), reason
         return op, None, "its forward is none that the op is known to compute"
     return None
 
@@ -164,7 +174,7 @@ def _patch_modules(root: nn.Module, ops: Any, wanted: frozenset[str], report: Re
     for name, module in root.named_modules():
         cls = type(module)
         if cls not in made:
-            made[cls] = replacement(cls, ops, wanted)
+            made[cls] = replacement(cls, ops, wanted, instance=True)
         if made[cls] is None:
             continue
         op, new, reason = made[cls]
@@ -262,7 +272,7 @@ def _patch_classes(module: Any, ops: Any, wanted: frozenset[str], impl: str | No
     base = need_transformers().PreTrainedModel
     own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     for cls in (c for c in own if issubclass(c, nn.Module)):
-        made = replacement(cls, ops, wanted) if "forward" in cls.__dict__ else None
+        made = replacement(cls, ops, wanted, instance=False) if "forward" in cls.__dict__ else None
         if made is not None and made[1] is not None and made[0] == "add_rms_norm" and not any(map(_is_rms_norm, own)):
             made = "add_rms_norm", None, _OTHER_NORM
         if made is not None and made[1] is not None:

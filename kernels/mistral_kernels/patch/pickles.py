@@ -37,7 +37,7 @@ def _forward(module: nn.Module, impl: str | None) -> Any:
     from .patching import OPS, replacement
 
     cls = type(module)
-    made = replacement(cls, using(impl), frozenset(OPS))
+    made = replacement(cls, using(impl), frozenset(OPS), instance=True)
     if made is None or (made[1] is None and not parts.is_marked(cls.forward)):
         raise RuntimeError(f"{cls.__name__} was patched where it was pickled, and cannot be here")
     return types.MethodType(made[1] or cls.forward, module)
