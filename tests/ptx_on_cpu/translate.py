@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from . import hardware, ptx  # noqa: F401  (hardware: its rules)
+from . import arithmetic, hardware, ptx  # noqa: F401  (the rules of the first two)
 from .instructions import C_TYPE, emit
 from .ptx import Entry, Module, UnknownPtx, Variable
 
