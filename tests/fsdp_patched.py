@@ -3,7 +3,8 @@
 import sys
 
 import torch
-from test_patch import attended, make, run, tokens
+from test_patch import make, run, tokens
+from test_patch_train import attended
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from mistral_kernels.patch import patch

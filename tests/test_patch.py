@@ -354,54 +354,6 @@ def test_autocast(dtype):
     assert ours <= 2 * eager + torch.finfo(dtype).eps
 
 
-def attended(model, run_it) -> int:
-    """How often the first layer's attention ran: twice where the backward pass computed the layer again."""
-    calls = []
-    handle = model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
-    run_it()
-    handle.remove()
-    return len(calls)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("ops", [OPS, ["add_rms_norm"], ["rms_norm", "rope", "swiglu", "attention"]], ids=len)
-def test_gradient_checkpointing(ops, reentrant):
-    model, ids = make(), tokens()
-    patch(model, ops=ops)
-    expected = run(model, ids)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
-    model.enable_input_require_grads()
-    found = {}
-    assert attended(model, lambda: found.update(run(model, ids))) == 3  # the third: the logits, without gradients
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-7, rtol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("fuses", [True, False])
-def test_gradient_checkpointing_of_classes_and_copies(fuses):
-    ids = tokens()
-
-    def computes_again(model):
-        if not fuses:
-            model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda *_: None)
-        model.gradient_checkpointing_enable()
-        model.train()
-        return attended(model, lambda: model(ids, labels=ids, use_cache=True).loss.backward()) == 2
-
-    assert computes_again(make())
-    try:
-        patch("mistral")
-        model = make()
-        assert computes_again(model)
-        patch(model)
-    finally:
-        unpatch("mistral")
-    patched = make()
-    patch(patched)
-    for other in (model, make(), copy.deepcopy(patched)):
-        assert computes_again(other)
-
-
 def test_hooks_are_called():
     """A hook on the norm that is fused into the residual addition, and on the head, still sees its call."""
     model, ids = make(), tokens()

@@ -143,10 +143,11 @@ def test_casts_after_the_patch(dtype):
     torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.05)
 
 
-def test_meta_device():
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_meta_device(impl):
     """As accelerate plans memory, and as a model is built before its weights are there."""
     model, ids = make(), tokens()
-    patch(model)
+    patch(model, impl=impl)
     model.to("meta")
     found = model(ids.to("meta"), labels=ids.to("meta"))
     assert found.logits.device.type == "meta" and found.logits.shape == (2, 21, 97)

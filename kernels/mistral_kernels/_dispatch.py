@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import _library
+from . import _checks, _library
 
 IMPLS = ("reference", "cpu", "cuda", "triton", "flash_attn")
 
@@ -88,7 +88,7 @@ def _contiguous(eager: Callable) -> Callable:
     @functools.wraps(eager)
     def run(*args: Any) -> Any:
         device = _tensors(args)[0].device.type
-        if torch.is_autocast_enabled(device):
+        if _checks.autocast_is_on(device):
             with torch.autocast(device, enabled=False):
                 result = eager(*args)
         else:
