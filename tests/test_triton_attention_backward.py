@@ -135,15 +135,9 @@ def test_head_dimensions(dim, dtype):
 @pytest.mark.parametrize("tiles", ["pointers", "wide rows"], indirect=True)
 @pytest.mark.parametrize("kind", ["one_hot", "ramp", "large"])
 def test_kinds(kind, tiles):
-    for dtype in DTYPES if kind != "ramp" else DTYPES[:1]:
+    for dtype in DTYPES:
         parity(attention_case(1, 50, 70, 1, 1, 16, window=33), dtype, kind=kind)
         parity(packed_attention_case([(30, 47), (0, 0), (4, 1)], 2, 1, 16, window=20), dtype, kind=kind)
-
-
-@pytest.mark.xfail(reason="delta, from the rounded output, shows that rounding where dS all but cancels", strict=True)
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's figures are meant")
-def test_a_smooth_input_in_float16():
-    parity(attention_case(1, 50, 70, 1, 1, 16, window=33), torch.float16, kind="ramp")
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])

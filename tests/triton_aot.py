@@ -172,8 +172,10 @@ def read(compiled: Any) -> dict[str, Any]:
 
 
 def main_loop(report: dict[str, Any]) -> dict[str, int]:
-    """The shortest innermost loop that uses tensor cores: the one without masks. Without any, the whole kernel."""
+    """The shortest innermost loop that uses tensor cores: the one without masks. Without tensor cores, the shortest one
+    of products; without loops of those, the whole kernel."""
     matrix = [loop for loop in report["loops"] if any(loop.get(name) for name in MMA.values())]
+    matrix = matrix or [loop for loop in report["loops"] if loop.get("FFMA", 0) > sum(loop.values()) / 4]
     return min(matrix, key=lambda loop: sum(loop.values()), default=report["count"])
 
 

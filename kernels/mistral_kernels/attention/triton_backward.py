@@ -4,9 +4,11 @@ The probabilities are computed again from the lse of the forward. With P = exp(s
 delta = rowsum(dO ∘ O) − dlse: dS = P ∘ (dP − delta), dQ = scale · dS K, dK = scale · dSᵀ Q, dV = Pᵀ dO. P and dS are
 rounded to the dtype before their products.
 
-Float32 gradients would show what O and lse were rounded by, where dS nearly cancels: for them (EXACT) the dq kernel
-first sums P and P ∘ dP over the keys again, and takes these for the denominator and for delta. P is then
-exp(scale · (S − top)) / denominator: a large score loses no digits beside its own row's largest.
+Where dS nearly cancels, gradients show what O was rounded by. A row of dS sums to dlse, so the dq kernel knows what
+delta lacked: dk and dv get the mended one, and a tile of dq where it would show is done once more. Float32 gradients
+would show lse's rounding too: for them (EXACT) the dq kernel first sums P and P ∘ dP over the keys again, and takes
+these for the denominator and for delta. P is then exp(scale · (S − top)) / denominator: a large score loses no digits
+beside its own row's largest.
 """
 
 import triton
@@ -143,8 +145,8 @@ def _score_block(
 
 @triton.jit
 def _dq_block(
-    dq, q, dout, live, top, lse2, delta, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2, s_kn, s_vn, W,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    dq, sums, sizes, q, dout, live, top, lse2, delta, k_ptr, k_desc, v_ptr, v_desc, start, end, position, scale2,
+    s_kn, s_vn, W, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     p, dp, k = _score_block(
@@ -152,7 +154,10 @@ def _dq_block(
         D, DP, BM, BN, TMA, MASKED, EXACT, CAUSAL, WINDOW,
     )  # fmt: skip
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    if not EXACT:
+        sums += tl.sum(ds, 1)
+        sizes += tl.sum(tl.abs(ds), 1)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee"), sums, sizes
 
 
 @triton.jit(do_not_specialize=["S", "Sk", "W", "T", "blocks"])
@@ -221,6 +226,7 @@ def attention_dq(
         lse2 = tl.where(den == 0.0, 0.0, tl.div_rn(1.0, tl.where(den == 0.0, 1.0, den)))
         delta = tl.div_rn(delta, tl.where(den == 0.0, 1.0, den)) - dlse
         tl.store(Top + at, top, mask=live)
+        tl.store(Delta + at, delta, mask=live)
         full_lo = lo
         full_hi = lo
     else:
@@ -230,25 +236,39 @@ def attention_dq(
         o = load_rows(o_ptr + (rows[:, None] * s_om + columns[None, :]), live, columns, D, DP, False)
         delta = tl.sum(o.to(tl.float32) * dout.to(tl.float32), 1) - dlse
     tl.store(Lse2 + at, lse2, mask=live)
-    tl.store(Delta + at, delta, mask=live)
     dq = tl.zeros([BM, DP], tl.float32)
+    sums = tl.zeros([BM], tl.float32)
+    sizes = tl.zeros([BM], tl.float32)
     if WINDOW and not EXACT:
         for n in tl.range(lo, full_lo, BN, num_stages=STAGES):
-            dq = _dq_block(
-                dq, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
-                D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
+            dq, sums, sizes = _dq_block(
+                dq, sums, sizes, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2,
+                s_kn, s_vn, W, D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
             )  # fmt: skip
     if not EXACT:
         for n in tl.range(full_lo, full_hi, BN, num_stages=STAGES):
-            dq = _dq_block(
-                dq, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
-                D, DP, BM, BN, TMA, False, EXACT, CAUSAL, WINDOW,
+            dq, sums, sizes = _dq_block(
+                dq, sums, sizes, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2,
+                s_kn, s_vn, W, D, DP, BM, BN, TMA, False, EXACT, CAUSAL, WINDOW,
             )  # fmt: skip
     for n in tl.range(full_hi, hi, BN, num_stages=STAGES):
-        dq = _dq_block(
-            dq, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2, s_kn, s_vn, W,
-            D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
+        dq, sums, sizes = _dq_block(
+            dq, sums, sizes, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2,
+            s_kn, s_vn, W, D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
         )  # fmt: skip
+    if not EXACT:
+        # What the rows of dS sum to beyond dlse is what delta lacks.
+        lacks = tl.where(live, sums - dlse, 0.0)
+        tl.store(Delta + at, delta + lacks, mask=live)
+        rounding: tl.constexpr = 2.0**-12 if q.dtype == tl.float16 else 2.0**-9
+        again = tl.max(tl.abs(lacks), 0) > rounding * tl.max(tl.where(live, sizes, 0.0), 0)
+        dq = tl.where(again, 0.0, dq)
+        delta += lacks
+        for n in tl.range(tl.where(again, lo, hi), hi, BN, num_stages=STAGES):
+            dq, sums, sizes = _dq_block(
+                dq, sums, sizes, q, dout, live, top, lse2, delta, K, k_desc, V, v_desc, n, Sk, position, scale2,
+                s_kn, s_vn, W, D, DP, BM, BN, TMA, True, EXACT, CAUSAL, WINDOW,
+            )  # fmt: skip
     out = DQ + ((q0 + first_row) * H + h) * D + (rows[:, None] * (H * D) + columns[None, :])
     tl.store(out, (dq * scale).to(DQ.dtype.element_ty), mask=live[:, None] & (columns < D)[None, :])
 
