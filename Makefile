@@ -42,8 +42,8 @@ verify: build ## parity of every op and implementation on this machine
 	$(BIN)/python -m mistral_kernels.verify
 
 parity-docs: build ## docs/parity.md: what this machine can verify, beside what others left in docs/parity/
-	$(BIN)/python -m mistral_kernels.verify --json docs/parity/CPU.json
-	$(BIN)/python -m mistral_kernels.verify --interpret --impl triton --json docs/parity/Triton_interpreter.json
+	$(BIN)/python -m mistral_kernels.verify --jobs 2 --json docs/parity/CPU.json
+	$(BIN)/python -m mistral_kernels.verify --jobs 2 --interpret --impl triton --json docs/parity/Triton_interpreter.json
 	$(BIN)/python scripts/parity_docs.py
 
 ring-study: build $(STAMPS)/sample ## docs/ring_cache/: time and memory by position, int8 keys and values

@@ -33,7 +33,7 @@ for name in $stages; do
       fi ;;
     verify)
       if [ -n "$dry" ]; then set -- --op swiglu --impl cpu --device cpu; else set -- --impl triton --impl cuda; fi
-      shown=40 stage verify 400 "$python" scripts/verify_in_parallel.py --json "$out/verify.json" "$@" ;;
+      shown=40 stage verify 400 "$python" -m mistral_kernels.verify --jobs "${dry:-$(nproc)}" --json "$out/verify.json" "$@" ;;
     model) stage model 200 "$python" scripts/gpu_model.py ${dry:+--device cpu} ;;
     tests) stage tests 400 "$python" -m pytest -q -m gpu ${dry:+--collect-only} ;;
     sanitizer)

@@ -1,7 +1,7 @@
 """The fused loss against torch's own, in memory, under autocast, under FSDP2, and as a registered op."""
 
-import math
 import gc
+import math
 import sys
 from pathlib import Path
 from unittest import mock

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mistral_kernels
-from mistral_kernels import verify
+from mistral_kernels import testing, verify
 
 
 def test_a_sound_op_passes_and_is_written_down(tmp_path, capsys):
@@ -26,7 +26,8 @@ def test_a_wrong_op_fails(monkeypatch, capsys):
     right, check_row = mistral_kernels.swiglu, verify.check_row
 
     def check_automatic(op, impl, *how):
-        return dataclasses.replace(check_row(op, None, *how), impl=impl)
+        judge = check_row(op, None, *how)
+        return lambda: dataclasses.replace(judge(), impl=impl)
 
     def wrong(gate, up, *, impl=None):
         return right(gate, up, impl=impl) * (1 if impl == "reference" else 1 + 2**-6)
@@ -35,6 +36,30 @@ def test_a_wrong_op_fails(monkeypatch, capsys):
     monkeypatch.setattr(verify, "check_row", check_automatic)
     assert verify.main(["--op", "swiglu", "--impl", "reference", "--device", "cpu"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_an_op_that_raises_is_counted_and_hides_no_other(monkeypatch, capsys):
+    right = mistral_kernels.swiglu
+
+    def breaks(gate, up, *, impl=None):
+        if gate.shape[-1] == 7 and gate.dtype == torch.float16:
+            raise RuntimeError("out of registers")
+        return right(gate, up, impl=impl)
+
+    monkeypatch.setattr(mistral_kernels, "swiglu", breaks)
+    assert verify.main(["--op", "swiglu", "--impl", "reference", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "RuntimeError out of registers" in out and f"{len(testing.KINDS)} failed" in out
+
+
+def test_processes_say_what_one_says(tmp_path):
+    found = []
+    for jobs in ("1", "2"):
+        file = tmp_path / jobs
+        how = ["--op", "swiglu", "--impl", "reference", "--dtype", "float32", "--device", "cpu", "--jobs", jobs]
+        assert verify.main([*how, "--json", str(file)]) == 0
+        found.append(json.loads(file.read_text())["rows"])
+    assert found[0] == found[1]
 
 
 def test_an_implementation_that_cannot_run_is_no_success(capsys):

@@ -5,18 +5,26 @@ Each case runs on inputs of several kinds against the eager op in float64; an er
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import testing
 
 DESCRIPTION = """\
 Checks every op of mistral_kernels against float64 truth on this machine, and says why an implementation
@@ -71,39 +79,76 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=DTYPE_NAMES, help="only this dtype (may be repeated)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--interpret", action="store_true", help="run Triton's kernels in its interpreter, on the CPU")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="judge N cases at once, in N processes (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, verdicts and ratios to FILE")
     return parser.parse_args(argv)
 
 
-def check_row(op: str, impl: str, dtype_name: str, device: str) -> Row:
-    """Every case and kind of input of one op in one dtype, forward and, where it has one, backward.
-
-    The largest error is judged case by case, the RMS error of each output over all cases together.
-    """
+def check_case(
+    number: int, impl: str | None, dtype_name: str, device: str
+) -> list[tuple[str, "list[testing.Errors] | str | None"]]:
+    """For each kind of input of one of `testing.cases()`: what it was, and the errors, forward and, where there is a
+    backward, backward; None where the implementation refuses it; what was raised where it should not have been."""
     import torch
 
+    from . import testing
+
+    case = list(testing.cases())[number]
+    dtype, gradients, found = getattr(torch, dtype_name), case.op in DIFFERENTIABLE, []
+    for kind in testing.KINDS:
+        errors: list[testing.Errors] | str | None = None
+        try:
+            errors = testing.parity(case, dtype, impl, device, kind, gradients)
+        except NotImplementedError:
+            pass
+        except Exception as error:  # one broken kernel must not hide what the others do
+            errors = f"{type(error).__name__} {error}".split("\n")[0][:200]
+        found.append((f"{case.label}, {kind}", errors))
+    return found
+
+
+def check_row(op: str, impl: str, dtype_name: str, device: str, run: Callable = map) -> Callable[[], Row]:
+    """Starts every case of one op in one dtype under `run`, which is `map` of this or of other processes.
+
+    What is returned waits for the verdict. The largest error is judged case by case, the RMS error of each output over
+    all cases together.
+    """
     from . import testing
     from ._dispatch import triton_interpreted
 
     row = Row(op, impl, dtype_name)
     if impl == "triton" and dtype_name == "bfloat16" and triton_interpreted():
         row.skipped = INTERPRETER_BF16
+        return lambda: row
+    numbers = [n for n, case in enumerate(testing.cases()) if case.op == op]
+    checks = run(functools.partial(check_case, impl=impl, dtype_name=dtype_name, device=device), numbers)
+
+    def judge() -> Row:
+        together: dict[str, list[testing.Errors]] = {}
+        for where, errors in itertools.chain.from_iterable(checks):
+            if errors is None:
+                row.unable += 1
+            elif isinstance(errors, str):
+                row.add(f"{where}: {errors}", math.nan)
+            else:
+                for e in errors:
+                    row.add(f"{e.output} of {where}", e.max_ratio)
+                    together.setdefault(e.output, []).append(e)
+        for output, errors in together.items():
+            row.add(f"RMS of {output}", testing.pooled(errors))
         return row
-    together: dict[str, list[testing.Errors]] = {}
-    for case, kind in itertools.product((c for c in testing.cases() if c.op == op), testing.KINDS):
-        try:
-            errors = testing.parity(
-                case, getattr(torch, dtype_name), impl, device, kind, gradients=op in DIFFERENTIABLE
-            )
-        except NotImplementedError:
-            row.unable += 1
-            continue
-        for e in errors:
-            row.add(f"{e.output} of {case.label}, {kind}", e.max_ratio)
-            together.setdefault(e.output, []).append(e)
-    for output, errors in together.items():
-        row.add(f"RMS of {output}", testing.pooled(errors))
-    return row
+
+    return judge
+
+
+@contextlib.contextmanager
+def mapping(jobs: int) -> Iterator[Callable]:
+    """`map`, over so many processes; CUDA asks for fresh ones."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield pool.map
 
 
 def verdict(row: Row) -> str:
@@ -115,11 +160,11 @@ def verdict(row: Row) -> str:
 
 
 def print_table(rows: list[Row]) -> None:
-    print(f"{'op':<17}{'impl':<11}{'dtype':<10}{'checks':>8}{'unable':>8}  {'worst':>6}  verdict   at")
+    print(f"{'op':<21}{'impl':<11}{'dtype':<10}{'checks':>8}{'unable':>8}  {'worst':>6}  verdict   at")
     for r in rows:
         where = r.skipped or r.where
         print(
-            f"{r.op:<17}{r.impl:<11}{r.dtype:<10}{r.passed + r.failed:>8}{r.unable:>8}  {r.worst:>6.2f}"
+            f"{r.op:<21}{r.impl:<11}{r.dtype:<10}{r.passed + r.failed:>8}{r.unable:>8}  {r.worst:>6.2f}"
             f"  {verdict(r):<9} {where}"
         )
 
@@ -177,10 +222,12 @@ def main(argv: list[str] | None = None) -> int:
     impls = [i for i in options.impl or IMPLS if reasons[i] is None and not (i == "cpu" and device != "cpu")]
     grid = [(o, i, d) for o in options.op or ops for i in impls for d in options.dtype or DTYPE_NAMES]
     rows, start = [], time.perf_counter()
-    for n, (op, impl, dtype) in enumerate(grid):
-        if sys.stderr.isatty():
-            print(f"\r  {n + 1} of {len(grid)}: {op} {impl} {dtype}" + " " * 20, end="\r", file=sys.stderr)
-        rows.append(check_row(op, impl, dtype, device))
+    with mapping(options.jobs) as run:
+        waiting = [check_row(*what, device, run) for what in grid]
+        for n, judge in enumerate(waiting):
+            if sys.stderr.isatty():
+                print(f"\r  {n + 1} of {len(grid)}: {' '.join(grid[n])}" + " " * 20, end="\r", file=sys.stderr)
+            rows.append(judge())
     print_table(rows)
     failed, skipped = sum(r.failed for r in rows), sum(bool(r.skipped) for r in rows)
     passed, seconds = sum(r.passed for r in rows), time.perf_counter() - start
