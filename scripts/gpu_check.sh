@@ -13,7 +13,7 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) && shift || exit 2
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD/kernels:$PWD" PYTHONUNBUFFERED=1
 python=python3; python3 -c 'import torch' 2>/dev/null || python=.venv/bin/python
-stages=${*:-facts build verify model tests sanitizer bench}
+stages=${*:-facts build verify hopper model tests sanitizer bench}
 status=0
 
 stage() { # name, seconds at most, command: its output goes to the log, the end of it is shown
@@ -34,6 +34,7 @@ for name in $stages; do
     verify)
       if [ -n "$dry" ]; then set -- --op swiglu --impl cpu --device cpu; else set -- --impl triton --impl cuda; fi
       shown=40 stage verify 400 "$python" -m mistral_kernels.verify --jobs "${dry:-$(nproc)}" --json "$out/verify.json" "$@" ;;
+    hopper) stage hopper 540 "$python" scripts/gpu_hopper.py ${dry:+--dry-run} "$out/hopper.json" ;;
     model) stage model 200 "$python" scripts/gpu_model.py ${dry:+--device cpu} ;;
     tests) stage tests 400 "$python" -m pytest -q -m gpu ${dry:+--collect-only} ;;
     sanitizer)
@@ -46,7 +47,7 @@ for name in $stages; do
         stage "bench_$what" 200 "$python" -m bench "$what" --json "$out/bench_$what.json" \
           ${dry:+--quick --device cpu --only nothing}
       done ;;
-    *) echo "no stage $name; there are facts build verify model tests sanitizer bench"; status=2 ;;
+    *) echo "no stage $name; there are facts build verify hopper model tests sanitizer bench"; status=2 ;;
   esac
 done
 exit $status

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from hopper_grids import forward
 from ptx_on_cpu import launches, option
 
 import mistral_kernels as mk
@@ -33,30 +34,6 @@ def hopper():
         yield
 
 
-def grid(dim):
-    """Tails, one tile, one block, several turns of the buffers, windows inside and over a block, all group sizes."""
-    yield attention_case(1, 1, 1, 2, 1, dim)
-    yield attention_case(1, 64, 64, 1, 1, dim)
-    yield attention_case(1, 128, 128, 2, 2, dim)
-    yield attention_case(1, 129, 129, 4, 1, dim, window=128)
-    yield attention_case(2, 130, 130, 2, 1, dim, window=3)
-    yield attention_case(1, 100, 333, 7, 1, dim, window=77)
-    yield attention_case(1, 300, 90, 2, 1, dim)
-    yield attention_case(1, 90, 300, 2, 2, dim, causal=False)
-    yield attention_case(1, 70, 1100, 1, 1, dim)
-    yield attention_case(1, 33, 200, 8, 1, dim, window=150)
-    yield attention_case(2, 5, 300, 7, 1, dim)
-    yield attention_case(2, 1, 600, 8, 2, dim)
-    yield packed_attention_case([(5, 5), (0, 0), (70, 70), (1, 1)], 4, 2, dim, window=32)
-    yield packed_attention_case([(3, 60), (0, 4), (4, 0), (33, 33)], 8, 1, dim)
-    yield packed_attention_case([(140, 140), (0, 0), (129, 200), (1, 300)], 2, 1, dim, window=100)
-    yield cached_case([1, 1, 1, 1], [1, 40, 64, 999], 64, 6, 2, dim, window=64, chunk=False)
-    yield cached_case([1, 1], [700, 90], 1024, 4, 1, dim, window=700, chunk=False)
-    yield cached_case([3, 3], [3, 90], 64, 4, 2, dim, window=60, chunk=False)
-    yield cached_case([16, 5, 1, 0, 33], [0, 3, 77, 4, 16], 16, 7, 1, dim, window=16)
-    yield cached_case([100, 3], [130, 1000], 300, 2, 1, dim, window=290)
-
-
 def judge(cases, dtype, kind="gaussian"):
     found = {}
     for case in cases:
@@ -72,7 +49,7 @@ def judge(cases, dtype, kind="gaussian"):
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_parity(dim):
-    judge(grid(dim), BF16)
+    judge(forward(dim), BF16)
 
 
 def test_parity_of_the_widest_heads():
@@ -96,7 +73,7 @@ def test_parity_of_float16():
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("dim", [8, 64, 96, 128, 200, 256])
 def test_full_grid(dim, dtype, kind):
-    judge(grid(dim), dtype, kind)
+    judge(forward(dim), dtype, kind)
 
 
 def tensors(queries, keys, heads, kv_heads, dim, dtype=BF16):

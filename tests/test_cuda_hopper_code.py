@@ -50,17 +50,39 @@ def test_forward_has_the_products_and_copies_of_its_algorithm(kernels):
         assert not k["count"].get("HMMA"), k["spec"]
 
 
+def test_gradients_have_five_products(kernels):
+    """Scores and dP of 64 rows by 64, dV and dK over 64 queries, dQ over 128 keys; and no addition but in turn."""
+    found = of_family(kernels, "hopper_gradient_kernel")
+    assert sorted(shape for shape, _ in found) == sorted(2 * [(64,), (128,)])
+    for (dim,), k in found:
+        panels = dim // 64
+        assert k["count"]["HGMMA"] == 2 * dim // 16 + 2 * 64 // 16 + 128 // 16, k["spec"]
+        assert k["count"]["WARPGROUP.ARRIVE"] == (3 if dim == 128 else 4), k["spec"]
+        # Keys, values, queries and gradients, and each once more at the end of a packed sequence.
+        assert k["count"]["UTMALDG"] == 8 * panels and k["registers"] <= 168, k["spec"]
+        assert k["count"]["STG.128"] == 2 * 2 * dim // 32, k["spec"]
+
+
+def test_statistics_have_two_products(kernels):
+    found = of_family(kernels, "hopper_statistics_kernel")
+    assert sorted(shape for shape, _ in found) == sorted(2 * [(64,), (128,)])
+    for (dim,), k in found:
+        assert k["count"]["HGMMA"] == 2 * dim // 16 and k["count"]["WARPGROUP.ARRIVE"] == 1, k["spec"]
+        assert k["registers"] <= 168, k["spec"]
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_the_assembler_serialises_no_product(dtype, tmp_path):
+@pytest.mark.parametrize("part, count", [("forward", len(WIDTHS) * len(CONSUMERS)), ("backward", 2 * 3)])
+def test_the_assembler_serialises_no_product(part, count, dtype, tmp_path):
     """C7510 and its like say that a wgmma waits for the one before it, or was given fences that nobody wrote."""
     if (reason := missing()) is not None:
         pytest.skip(reason)
     csrc = build.ROOT / "csrc"
-    folder = build.compile_cu(csrc / f"cuda/hopper_forward_{dtype}.cu", [csrc], arch="90a")
+    folder = build.compile_cu(csrc / f"cuda/hopper_{part}_{dtype}.cu", [csrc], arch="90a")
     ptxas = Path(build.nvcc()).resolve().with_name("ptxas")
     command = [ptxas, "-v", "-arch=sm_90a", folder / "source.ptx", "-o", tmp_path / "out.cubin"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Compiling entry function") == len(WIDTHS) * len(CONSUMERS)
+    assert done.stderr.count("Compiling entry function") == count
     assert not re.findall(r"C75\d\d|serializ", done.stderr), done.stderr
     assert set(re.findall(r"(\d+) bytes spill", done.stderr)) == {"0"}

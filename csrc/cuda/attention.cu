@@ -79,9 +79,14 @@ extern "C" int mk_cuda_attention(const mk::cuda::Attention& a, void* stream) {
   });
 }
 
+extern "C" int64_t mk_cuda_attention_backward_scratch(const mk::cuda::AttentionBackward& a) {
+  return mk::cuda::hopper_applies(a) ? mk::cuda::hopper_scratch(a) : 0;
+}
+
 extern "C" int mk_cuda_attention_backward(const mk::cuda::AttentionBackward& a, void* stream) {
   using namespace mk::cuda;
   const auto on = static_cast<cudaStream_t>(stream);
+  if (hopper_applies(a)) return hopper_attention_backward(a, on);
   if (a.dtype == static_cast<int>(mk::Dtype::bf16)) return attention_backward_bf16(a, on);
   if (a.dtype == static_cast<int>(mk::Dtype::f16)) return attention_backward_f16(a, on);
   return attention_backward_f32(a, on);

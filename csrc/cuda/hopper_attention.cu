@@ -1,71 +1,9 @@
-#include <climits>
-
 #include "cuda/attention_forward.cuh"
 #include "cuda/hopper_attention.h"
+#include "cuda/hopper_boxes.h"
 
 namespace mk::cuda {
 namespace {
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function that makes tensor maps, found at run time: nothing is linked with the driver.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    const bool there = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return there ? reinterpret_cast<EncodeTiled>(function) : nullptr;
-  }();
-  return found;
-}
-
-bool is_hopper() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0;
-}
-
-// A tensor and its boxes, the dimension of stride 1 first.
-struct Boxes {
-  static constexpr int most = 5;
-  const void* data;
-  int rank;
-  int64_t size[most], stride[most];  // in elements; the stride of a dimension of size 1 has no meaning
-  int box[most];
-
-  bool fit() const {
-    for (int d = 0; d < rank; d++) {
-      if (size[d] < 1 || size[d] > INT_MAX) return false;
-      // Rows that overlap, expanded tensors among them, are not what the documentation allows.
-      if (d && size[d] > 1 && (stride[d] < size[0] || stride[d] >= int64_t{1} << 38)) return false;
-    }
-    return true;
-  }
-  int encode(CUtensorMap* map, int dtype) const {
-    cuuint64_t sizes[most], strides[most];
-    cuuint32_t boxes[most], steps[most];
-    for (int d = 0; d < rank; d++) {
-      sizes[d] = size[d], boxes[d] = box[d], steps[d] = 1;
-      if (d) strides[d - 1] = 2 * (size[d] > 1 ? stride[d] : size[0]);
-    }
-    const bool is_bf16 = dtype == static_cast<int>(Dtype::bf16);
-    const CUresult result = encode_tiled()(
-        map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
-        const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-  }
-};
 
 // Heads of a group of up to this many can share a tile of 64 rows.
 constexpr int most_packed_heads = 64;
@@ -82,26 +20,11 @@ int64_t tiles(const Attention& a) {
 }
 int64_t blocks(const Attention& a) { return tiles(a) * a.splits * (a.heads / packed_heads(a)) * a.sequences; }
 
-// [sequence, group of heads, query, head of the group, column]
-Boxes of_queries(const Attention& a) {
-  const int packed = packed_heads(a);
-  const int64_t rows = a.cu_q ? a.tokens : a.max_q, sequences = a.cu_q ? 1 : a.sequences;
-  return {a.q.data,
-          5,
-          {a.dim, packed, rows, a.heads / packed, sequences},
-          {1, a.q.head, a.q.row, a.q.head * packed, a.q.batch},
-          {64, packed, tile_queries(a), 1, 1}};
-}
-
-// [sequence, head, key, column]
-Boxes of_keys(const Attention& a, const AttentionTokens& t, int64_t rows, int64_t sequences) {
-  const int box = a.dim > 128 ? hopper_key_rows<256> : hopper_key_rows<128>;
-  return {t.data, 4, {a.dim, rows, a.kv_heads, sequences}, {1, t.row, t.head, t.batch}, {64, box, 1, 1}};
-}
+Boxes of_queries(const Attention& a) { return boxes_of_queries(a, a.q, packed_heads(a), tile_queries(a)); }
 Boxes of_chunk(const Attention& a, const AttentionTokens& t) {
-  return of_keys(a, t, a.cu_k ? a.key_tokens : a.max_k, a.cu_k ? 1 : a.sequences);
+  return boxes_of_keys(a, t, a.cu_k ? a.key_tokens : a.max_k, a.cu_k ? 1 : a.sequences);
 }
-Boxes of_ring(const Attention& a, const AttentionTokens& t) { return of_keys(a, t, a.slots, a.sequences); }
+Boxes of_ring(const Attention& a, const AttentionTokens& t) { return boxes_of_keys(a, t, a.slots, a.sequences); }
 
 }  // namespace
 

@@ -8,12 +8,23 @@ namespace mk::cuda {
 
 // What a kernel is launched with. The copy engine reads the maps in place, at multiples of 64 bytes.
 struct HopperForward {
-  CUtensorMap q, k, v, k_ring, v_ring;
+  CUtensorMap q, k, v, k_ring, v_ring, dout;
   Attention a;
   int packed_heads;   // query heads that share the rows of a tile
   int tile_queries;   // of a warpgroup: 64 rows or less
   int tiles, blocks;  // of the longest sequence; of work in all
   float exponent_scale;
+  // For the statistics of the gradients, which take a tile of gradients beside that of queries.
+  const float* dlse;
+  float* statistics;
+};
+
+struct HopperBackward {
+  CUtensorMap q, k, v, dout;
+  AttentionBackward a;
+  float exponent_scale;
+  float* sums;  // of dQ, in the order of the threads that hold them
+  int* turns;   // of each tile of them: how many blocks of keys have added theirs
 };
 
 // Whether this device and these tensors fit these kernels.
@@ -23,6 +34,13 @@ int hopper_attention(const Attention& a, cudaStream_t stream);
 
 int hopper_forward_bf16(const HopperForward& f, int consumers, cudaStream_t stream);
 int hopper_forward_f16(const HopperForward& f, int consumers, cudaStream_t stream);
+
+bool hopper_applies(const AttentionBackward& a);
+int64_t hopper_scratch(const AttentionBackward& a);
+int hopper_attention_backward(const AttentionBackward& a, cudaStream_t stream);
+
+int hopper_backward_bf16(const HopperForward& f, const HopperBackward& b, cudaStream_t stream);
+int hopper_backward_f16(const HopperForward& f, const HopperBackward& b, cudaStream_t stream);
 
 // Rows of a box of keys or values.
 template <int D>

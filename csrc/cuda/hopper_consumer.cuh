@@ -6,35 +6,23 @@
 
 namespace mk::cuda {
 
-// Lane t of four holds words t, t + 4 of a row ...; afterwards it holds four words that lie next to each other.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i & step) continue;
-      const bool upper = threadIdx.x & step;
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + step], step);
-      w[i] = upper ? got : w[i], w[i + step] = upper ? w[i + step] : got;
-    }
-}
-
-template <class T, int D, int kConsumers>
+template <class T, int D, int kConsumers, int kInputs = 1>
 struct HopperConsumer {
-  using Sizes = HopperTile<D, kConsumers>;
+  using Sizes = HopperTile<D, kConsumers, kInputs>;
+  using Shared = HopperShared<D, kConsumers, kInputs>;
   using Work = HopperWork<D, kConsumers>;
   static constexpr int key_rows = Sizes::key_rows, parts = D == 256 ? 2 : 1, part = D / parts / 2;
   static constexpr int first_turn = 1;  // named barriers: barrier 0 is that of all threads
 
   const HopperForward& f;
-  HopperShared<D, kConsumers> shared;
+  Shared shared;
   int consumer;
   Stage<Sizes::stages> stage;
   uint32_t query_parity = 0;
   float out[parts][part], scores[key_rows / 2], largest[2], sum[2], shrink[2];
   uint32_t weights[key_rows / 4];
 
-  __device__ __forceinline__ HopperConsumer(const HopperForward& f_, HopperShared<D, kConsumers> shared_, int consumer_)
+  __device__ __forceinline__ HopperConsumer(const HopperForward& f_, Shared shared_, int consumer_)
       : f(f_), shared(shared_), consumer(consumer_) {
     if (kConsumers == 2 && consumer == 1) arrive_named(first_turn, 256);  // the first warpgroup begins
   }
@@ -128,13 +116,14 @@ struct HopperConsumer {
       const float base = top == -INFINITY ? 0.0f : top;
       shrink[r] = exponential(largest[r], base, f.exponent_scale);
       largest[r] = top;
-      sum[r] *= shrink[r];
+      float parts_of_sum[4] = {};  // short chains of additions round less, and wait less
 #pragma unroll
       for (int i = 0; i < key_rows / 2; i++) {
         if (i / 2 % 2 != r) continue;
         scores[i] = exponential(scores[i], base, f.exponent_scale);
-        sum[r] += scores[i];
+        parts_of_sum[i / 4 % 2 * 2 + i % 2] += scores[i];
       }
+      sum[r] = sum[r] * shrink[r] + ((parts_of_sum[0] + parts_of_sum[1]) + (parts_of_sum[2] + parts_of_sum[3]));
     }
   }
 
@@ -214,27 +203,19 @@ struct HopperConsumer {
     if (live && t == 0 && a.splits == 1 && a.lse)
       a.lse[lse_at(packed, a.tokens, a.heads, w.sequence, a.max_q, head, packed ? token : query)] = lse;
 #pragma unroll
-    for (int p = 0; p < parts; p++)
-#pragma unroll
-      for (int i = 0; i < part; i += 16) {
-        const int column = p * (D / parts) + i * 2;  // of four times eight
-        if (a.splits > 1) {
-#pragma unroll
-          for (int j = 0; j < 4; j++)
-            if (live && column + 8 * j < a.dim)
-              *reinterpret_cast<float2*>(a.split_out + at * a.dim + column + 8 * j + 2 * t) =
-                  make_float2(out[p][i + 4 * j + 2 * r] * inverse, out[p][i + 4 * j + 2 * r + 1] * inverse);
-          continue;
-        }
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-          words[j] = pack_pair<T>(out[p][i + 4 * j + 2 * r] * inverse, out[p][i + 4 * j + 2 * r + 1] * inverse);
-        transpose_quad(words);
-        if (live && column + 8 * t < a.dim)
-          store_quad(reinterpret_cast<uint4*>(static_cast<T*>(a.out) + at * a.dim + column + 8 * t),
-                     make_uint4(words[0], words[1], words[2], words[3]));
+    for (int p = 0; p < parts; p++) {
+      if (a.splits == 1) {
+        store_sums(out[p], r, inverse, static_cast<T*>(a.out) + at * a.dim, p * (D / parts), a.dim, live);
+        continue;
       }
+#pragma unroll
+      for (int i = 0; i < part; i += 4) {
+        const int column = p * (D / parts) + 2 * i;
+        if (live && column < a.dim)
+          *reinterpret_cast<float2*>(a.split_out + at * a.dim + column + 2 * t) =
+              make_float2(out[p][i + 2 * r] * inverse, out[p][i + 2 * r + 1] * inverse);
+      }
+    }
   }
 
   __device__ __forceinline__ void operator()(const Work& w) {
@@ -254,12 +235,11 @@ struct HopperConsumer {
   }
 };
 
-// With two warpgroups of consumers a block has all 65536 registers: 168 a thread at first. The producer's go to them.
-template <class T, int D, int kConsumers>
-__global__ void __launch_bounds__(HopperTile<D, kConsumers>::threads, 1)
-    hopper_forward_kernel(const __grid_constant__ HopperForward f) {
-  extern __shared__ char raw[];
-  const HopperShared<D, kConsumers> shared(raw);
+// The whole of a kernel. With two warpgroups of consumers a block has all 65536 registers, 168 a thread at first; the
+// producer's go to them.
+template <class Consumer, int D, int kConsumers, int kInputs>
+__device__ __forceinline__ void play_roles(const HopperForward& f, const char* raw) {
+  const HopperShared<D, kConsumers, kInputs> shared(raw);
   const int live_rows = f.packed_heads * f.tile_queries;
   if (live_rows < 64) shared.clear_query_rows(live_rows);
   if (threadIdx.x == 0) shared.init_barriers();
@@ -268,13 +248,20 @@ __global__ void __launch_bounds__(HopperTile<D, kConsumers>::threads, 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     if constexpr (kConsumers == 2) release_registers<24>();
-    if (warp == 0) for_all_work<D, kConsumers>(f, HopperProducer<D, kConsumers>{f, shared});
+    if (warp == 0) for_all_work<D, kConsumers>(f, HopperProducer<D, kConsumers, kInputs>{f, shared});
   } else {
     if constexpr (kConsumers == 2) claim_registers<240>();
-    HopperConsumer<T, D, kConsumers> consumer(f, shared, warp >= 8);
+    Consumer consumer(f, shared, warp >= 8);
     for_all_work<D, kConsumers>(f, consumer);
     consumer.finish();
   }
+}
+
+template <class T, int D, int kConsumers>
+__global__ void __launch_bounds__(HopperTile<D, kConsumers>::threads, 1)
+    hopper_forward_kernel(const __grid_constant__ HopperForward f) {
+  extern __shared__ char raw[];
+  play_roles<HopperConsumer<T, D, kConsumers>, D, kConsumers, 1>(f, raw);
 }
 
 template <class T, int D, int kConsumers>

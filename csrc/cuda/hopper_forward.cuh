@@ -12,13 +12,14 @@
 
 namespace mk::cuda {
 
-template <int D, int kConsumers>
+// kInputs: tiles of queries that a consumer has, two where their gradients come along.
+template <int D, int kConsumers, int kInputs = 1>
 struct HopperTile {
   static constexpr int key_rows = hopper_key_rows<D>, stages = D == 64 ? 4 : D == 128 && kConsumers == 1 ? 3 : 2;
   static constexpr int panels = D / panel_columns, query_panel = 64 * panel_row_bytes;
   static constexpr int key_panel = key_rows * panel_row_bytes;
   static constexpr int query_bytes = panels * query_panel, key_bytes = panels * key_panel;
-  static constexpr int tiles = kConsumers * query_bytes + 2 * stages * key_bytes;
+  static constexpr int tiles = kConsumers * kInputs * query_bytes + 2 * stages * key_bytes;
   static constexpr int bytes = tile_alignment + tiles + (3 + 4 * stages) * 8;
   static constexpr int threads = 128 * (kConsumers + 1), warps = 4 * kConsumers;
   static_assert(bytes <= 227 * 1024);
@@ -26,17 +27,18 @@ struct HopperTile {
 
 // Shared memory: tiles of queries, keys and values, then the barriers. "Full" ones are over when a tile has come,
 // "empty" ones when all warps that read it are done.
-template <int D, int kConsumers>
+template <int D, int kConsumers, int kInputs = 1>
 struct HopperShared {
-  using Sizes = HopperTile<D, kConsumers>;
+  using Sizes = HopperTile<D, kConsumers, kInputs>;
   static constexpr int stages = Sizes::stages;
   uint32_t base;
 
   __device__ __forceinline__ explicit HopperShared(const void* raw)
       : base((shared_address(raw) + tile_alignment - 1) & ~(tile_alignment - 1u)) {}
   __device__ __forceinline__ uint32_t queries(int consumer) const { return base + consumer * Sizes::query_bytes; }
+  __device__ __forceinline__ uint32_t outs(int consumer) const { return queries(kConsumers + consumer); }
   __device__ __forceinline__ uint32_t keys(int stage) const {
-    return base + kConsumers * Sizes::query_bytes + stage * Sizes::key_bytes;
+    return queries(kConsumers * kInputs) + stage * Sizes::key_bytes;
   }
   __device__ __forceinline__ uint32_t values(int stage) const { return keys(stages + stage); }
   __device__ __forceinline__ uint32_t barrier(int index) const { return base + Sizes::tiles + 8 * index; }
@@ -117,21 +119,23 @@ __device__ __forceinline__ void for_all_work(const HopperForward& f, F&& work) {
 }
 
 // The warp that has all tiles brought. Lane 0 gives the orders.
-template <int D, int kConsumers>
+template <int D, int kConsumers, int kInputs>
 struct HopperProducer {
-  using Sizes = HopperTile<D, kConsumers>;
+  using Sizes = HopperTile<D, kConsumers, kInputs>;
   const HopperForward& f;
-  HopperShared<D, kConsumers> shared;
+  HopperShared<D, kConsumers, kInputs> shared;
   Stage<Sizes::stages> stage;
   uint32_t query_parity = 0, tail_parity = 0;
 
   __device__ __forceinline__ void load_queries(const HopperWork<D, kConsumers>& w) const {
     const int first = (f.a.cu_q ? w.queries.first : 0) + w.first_query;
-    arrive_expecting(shared.queries_full(), kConsumers * Sizes::panels * f.packed_heads * f.tile_queries * 128);
-    for (int i = 0; i < kConsumers * Sizes::panels; i++)
-      load_box(shared.queries(0) + i * Sizes::query_panel, f.q, shared.queries_full(),
-               i % Sizes::panels * panel_columns, 0, first + i / Sizes::panels * f.tile_queries, w.group,
-               f.a.cu_q ? 0 : w.sequence);
+    constexpr int boxes = kConsumers * Sizes::panels;
+    arrive_expecting(shared.queries_full(), kInputs * boxes * f.packed_heads * f.tile_queries * panel_row_bytes);
+    for (int i = 0; i < kInputs * boxes; i++) {
+      const int query = first + i % boxes / Sizes::panels * f.tile_queries;
+      load_box(shared.queries(0) + i * Sizes::query_panel, i < boxes ? f.q : f.dout, shared.queries_full(),
+               i % Sizes::panels * panel_columns, 0, query, w.group, f.a.cu_q ? 0 : w.sequence);
+    }
   }
 
   __device__ __forceinline__ void load_block(const HopperWork<D, kConsumers>& w, const KeyBlock& block,

@@ -101,4 +101,36 @@ __device__ __forceinline__ void add_product_of_rows(float (&d)[n], const uint32_
 #undef MK_MIXED_64
 #undef MK_MIXED_128
 
+// Word i of lane t goes to lane i of the four as its word t.
+__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & step) continue;
+      const bool upper = threadIdx.x & step;
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + step], step);
+      w[i] = upper ? got : w[i], w[i + step] = upper ? w[i + step] : got;
+    }
+}
+
+// Writes one of a thread's two rows of sums, times `factor`, from column `first` on; `to` is the whole row. All lanes
+// of a warp come here.
+template <class T, int n>
+__device__ __forceinline__ void store_sums(const float (&d)[n], int r, float factor, T* to, int first, int dim,
+                                           bool live) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < n; i += 16) {
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      words[j] = pack_pair<T>(d[i + 4 * j + 2 * r] * factor, d[i + 4 * j + 2 * r + 1] * factor);
+    transpose_quad(words);
+    const int column = first + i * 2 + 8 * t;
+    if (live && column < dim)
+      store_quad(reinterpret_cast<uint4*>(to + column), make_uint4(words[0], words[1], words[2], words[3]));
+  }
+}
+
 }  // namespace mk::cuda

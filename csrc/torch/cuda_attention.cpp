@@ -115,6 +115,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_in, con
   a.dim = static_cast<int>(q.size(-1));
   a.max_q = static_cast<int>(max_q), a.max_k = static_cast<int>(max_k), a.window = static_cast<int>(window);
   a.dtype = dtype_index(q), a.scale = static_cast<float>(scale), a.causal = causal;
+  a.key_tokens = packed ? k.size(0) : 0;
+  const int64_t needed = mk_cuda_attention_backward_scratch(a);
+  const Tensor scratch = needed ? device_empty({needed}, Dtype::f32, q) : statistics;
+  if (needed) a.scratch = static_cast<float*>(device_mutable_data(scratch));
   check_launch(mk_cuda_attention_backward(a, device.stream()), "attention_backward");
   return {dq, dk, dv};
 }

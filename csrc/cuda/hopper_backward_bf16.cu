@@ -1,0 +1,5 @@
+#include "cuda/hopper_gradient_consumer.cuh"
+
+int mk::cuda::hopper_backward_bf16(const HopperForward& f, const HopperBackward& b, cudaStream_t stream) {
+  return hopper_backward<bf16>(f, b, stream);
+}
