@@ -70,9 +70,11 @@ performance-docs: build $(STAMPS)/sample ## measure on this machine and write do
 TRANSFORMERS := 5.20.2+kernels==0.17.2 5.22.2+kernels==0.17.2 5.23.0
 HF_TESTS := tests/test_patch.py tests/test_patch_cache.py tests/test_patch_habits.py tests/test_patch_train.py tests/test_hub_kernels.py
 
+# Options for the demonstration: make hf-demo HF_DEMO=--quick
+HF_DEMO :=
 .PHONY: hf-demo
 hf-demo: build $(STAMPS)/sample ## a real model under transformers with and without the patch; docs/huggingface.md
-	$(BIN)/python -m bench.hf_study --out docs/huggingface --page docs/huggingface.md
+	$(BIN)/python -m bench.hf_study --out docs/huggingface --page docs/huggingface.md $(HF_DEMO)
 
 .PHONY: test-transformers
 test-transformers: build ## the Hugging Face tests, and transformers' own, on three versions of transformers
@@ -85,7 +87,7 @@ test-transformers: build ## the Hugging Face tests, and transformers' own, on th
 	  $(PIP) --python $$folder/bin/python install -q --no-deps transformers==$${versions/+/ } parameterized || exit 1; \
 	  PYTHONPATH=kernels:. $$folder/bin/python -m pytest -q $(HF_TESTS) || exit 1; \
 	  PYTHONPATH=kernels:. $$folder/bin/python scripts/transformers_tests/run.py \
-	    --json docs/huggingface/transformers_tests.json || exit 1; \
+	    --json docs/huggingface/transformers_tests.json --page docs/huggingface.md || exit 1; \
 	done
 
 # The other packages are those of .venv; only Triton is the environment's own.

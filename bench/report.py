@@ -76,6 +76,15 @@ def write(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
+def placed(page: str, mark: str, text: str) -> str:
+    """The page with what lies between the comments `mark begins` and `mark ends` replaced."""
+    before, first, rest = page.partition(f"<!-- {mark} begins -->")
+    _, last, after = rest.partition(f"<!-- {mark} ends -->")
+    if not first or not last:
+        raise ValueError(f"the page has no <!-- {mark} begins --> followed by <!-- {mark} ends -->")
+    return f"{before}{first}\n{text}\n{last}{after}"
+
+
 def plain(value: Any) -> Any:
     """What JSON can hold: numbers that are not finite become None, times keep six digits."""
     if isinstance(value, float):

@@ -1,6 +1,8 @@
 """SmolLM2 under transformers: the patched model says what the model says, alone and in padded rows."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,18 +71,22 @@ def test_tables():
 
 
 def test_page():
-    page = f"before\n{hf_study.MARKS[0]}\nold\n{hf_study.MARKS[1]}\nafter\n"
-    assert hf_study.placed(page, "new") == page.replace("old", "new")
+    page = "before\n<!-- smollm2 begins -->\nold\n<!-- smollm2 ends -->\nafter\n"
+    assert report.placed(page, hf_study.MARK, "new") == page.replace("old", "new")
     with pytest.raises(ValueError, match="the page has no"):
-        hf_study.placed("no marks", "new")
+        report.placed("no marks", hf_study.MARK, "new")
 
 
-def test_the_page_in_the_repository_is_that_of_its_run():
-    folder = report.Path(hf_study.__file__).parents[1] / "docs"
-    run, page = folder / "huggingface/smollm2.json", (folder / "huggingface.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["smollm2", "transformers_tests"])
+def test_the_page_in_the_repository_is_that_of_its_run(name):
+    root = Path(__file__).parents[1]
+    run, page = root / f"docs/huggingface/{name}.json", (root / "docs/huggingface.md").read_text(encoding="utf-8")
     if not run.exists():
         pytest.skip("no run is in the repository")
-    assert hf_study.placed(page, hf_study.tables(report.read_json(run))) == page
+    tables = hf_study.tables
+    if name == "transformers_tests":
+        tables = runpy.run_path(str(root / "scripts/transformers_tests/run.py"))["table"]
+    assert report.placed(page, name, tables(json.loads(run.read_text(encoding="utf-8")))) == page
 
 
 def test_variants_run_in_processes(monkeypatch, capsys):
@@ -99,6 +105,8 @@ def test_variants_run_in_processes(monkeypatch, capsys):
     seen, failed = hf_study.timed(options)
     assert seen["patched"] == [dict(prefill=[1.0])] * 2 and failed["patched, compiled"] == "no memory"
     assert len(calls) == 6
+    short = hf_study.parse(["--quick", "--rounds", "2", "--threads", "1"])
+    assert (options.prompt, options.repeats) == (512, 3) and (short.prompt, short.rounds, short.repeats) == (256, 2, 2)
     for wrong in (["--tokens", "2"], ["--clock", "cpu", "--threads", "2"]):
         with pytest.raises(SystemExit):
             hf_study.parse(wrong)

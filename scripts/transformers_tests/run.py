@@ -1,6 +1,6 @@
 """transformers' own model tests, without and with patched classes: every test must end the same way (but EXPECTED).
 
-python scripts/transformers_tests/run.py --json docs/huggingface/transformers_tests.json
+PYTHONPATH=kernels:. python scripts/transformers_tests/run.py --json docs/huggingface/transformers_tests.json
 
 The source distribution of the installed version is fetched by pip; it carries the shared mixins, without the test files
 of models and of generation. Its mixins are run on the smallest models (test_models.py); the two mixins that it imports
@@ -66,12 +66,40 @@ def run(tests: Path, patched: bool, extra: list[str]) -> dict[str, str]:
     if not found.exists():
         sys.exit(f"pytest ended with status {done.returncode} and wrote no results")
     cases = ElementTree.parse(found).iter("testcase")
-    return {f"{case.get('classname')}::{case.get('name')}".split(".")[-1]: outcome(case) for case in cases}
+    return {f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}": outcome(case) for case in cases}
+
+
+def table(results: dict[str, dict]) -> str:
+    """What the JSON file says, for the page."""
+    from bench import report
+
+    rows = []
+    for version, found in results.items():
+        ends = [found[which].get(end, 0) for which in ("plain", "patched") for end in ("passed", "failed", "skipped")]
+        rows.append((version, found["torch"], *ends, len(found["differ"])))
+    head = (
+        "transformers",
+        "torch",
+        *(f"{e}, {w}" for w in ("as it is", "patched") for e in ("passed", "failed", "skipped")),
+    )
+    differ = sorted({name.rpartition("::")[2] for found in results.values() for name in found["differ"]})
+    reasons = [f"`{name}` ends differently: {EXPECTED.get(name, 'a fault')}." for name in differ]
+    return "\n\n".join([report.markdown((*head, "end differently"), rows), *reasons])
+
+
+def keep(path: Path, results: dict[str, dict], page: Path | None) -> None:
+    from bench import report
+
+    report.write(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
+    if page:
+        results = json.loads(path.read_text())
+        report.write(page, report.placed(page.read_text(encoding="utf-8"), "transformers_tests", table(results)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="a file that the counts of this version are added to")
+    parser.add_argument("--page", type=Path, help="a Markdown page whose marked part is replaced by that file's table")
     parser.add_argument("extra", nargs="*", help="arguments for pytest, behind --")
     options = parser.parse_args()
     import torch
@@ -88,10 +116,7 @@ def main() -> int:
     print(json.dumps(result, indent=1))
     if options.json:
         kept = json.loads(options.json.read_text()) if options.json.exists() else {}
-        beside = options.json.with_suffix(".tmp")
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(kept | {version: result}, indent=1, sort_keys=True) + "\n")
-        os.replace(beside, options.json)
+        keep(options.json, kept | {version: result}, options.page)
     return 0 if plain and all(name.rpartition("::")[2] in EXPECTED for name in other) else 1
 
 
