@@ -253,7 +253,7 @@ class CachedPass:
         return out
 
     def step(
-        self, decode_layers: Callable, weights: list[torch.Tensor], biases: list[torch.Tensor], eps: float
+        self, decode_layers: Callable, weights: list, biases: list[torch.Tensor], eps: float
     ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """`attend` of all layers and what lies between, as one call on the embeddings; where `write_first` is set."""
         return lambda x: decode_layers(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from mistral_kernels import QuantizedWeight
+
 from .config import ModelConfig
 
 _SHOWN = 10  # tensors named in an error before it is cut short
@@ -47,6 +49,7 @@ class Stored:
         dtype: of what `read` returns; None for one that is not read.
         read: returns the tensor.
         kind: the stored type, as its format calls it.
+        codes: returns the weight as it is stored, where that is a scheme that runs as it is.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Stored:
     dtype: torch.dtype | None
     read: Callable[[], torch.Tensor]
     kind: str = ""
+    codes: Callable[[], QuantizedWeight] | None = None
 
     @property
     def bytes(self) -> int:
@@ -232,4 +236,11 @@ def to_interleaved(w: torch.Tensor, heads: int) -> torch.Tensor:
 
 def relaid(tensor: Stored, order: Callable[[torch.Tensor, int], torch.Tensor], heads: int) -> Stored:
     """The same tensor, its rows put in order when it is read."""
-    return dataclasses.replace(tensor, read=lambda: order(tensor.read(), heads))
+    stored = tensor.codes
+
+    def codes() -> QuantizedWeight:
+        weight = stored()  # type: ignore[misc]
+        parts = {name: getattr(weight, name) for name in ("codes", "scale", "offset")}
+        return dataclasses.replace(weight, **{n: None if t is None else order(t, heads) for n, t in parts.items()})
+
+    return dataclasses.replace(tensor, read=lambda: order(tensor.read(), heads), codes=codes if stored else None)

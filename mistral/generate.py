@@ -277,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    parser.add_argument("--dequantize", action="store_true", help="turn a GGUF file's weights into --dtype first")
     parser.add_argument(
         "--kv", choices=("model", "int8"), default="model", help="dtype of the cache (default: model's)"
     )
@@ -309,7 +310,8 @@ def _run(args: argparse.Namespace) -> Generated:
         raise FileNotFoundError(f"--model {args.model}: there is no such file or folder")
     tokenizer = load_tokenizer(args.model)
     dtype = _DTYPES[args.dtype]
-    model = load_model(args.model, ops=ops, dtype=dtype, window=args.window, device=args.device)
+    keep = args.adapter is None and not args.dequantize
+    model = load_model(args.model, ops=ops, dtype=dtype, window=args.window, device=args.device, keep_codes=keep)
     if args.adapter is not None:
         from .adapters import load_adapter, merge_adapters
 

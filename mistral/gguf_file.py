@@ -12,6 +12,7 @@ from .config import ModelConfig
 from .extras import need
 
 _UNQUANTISED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_AS_IT_IS, _BLOCK = ("Q8_0", "Q4_0", "Q4_1"), 32
 _WITHOUT_EFFECT = ("tensor_data_layout", "rope.scaling.finetuned", "vocab_size")
 # llama.cpp's own defaults, so that a key which only repeats them is no feature.
 _ONLY = {
@@ -74,7 +75,24 @@ def _stored(tensor: Any) -> Stored:
         values = tensor.data.copy() if plain else quants.dequantize(tensor.data, tensor.tensor_type)
         return torch.from_numpy(values).view(shape).to(dtype)
 
-    return Stored(tensor.name, shape, dtype, read, kind)
+    codes = (lambda: _codes(tensor.data, kind, shape)) if kind in _AS_IT_IS and len(shape) == 2 else None
+    return Stored(tensor.name, shape, dtype, read, kind, codes)
+
+
+def _codes(data: Any, kind: str, shape: tuple[int, ...]) -> mistral_kernels.QuantizedWeight:
+    """The blocks of 32 elements with their scales, in float16, as codes of whole rows and scales in float32."""
+    n, k = shape
+    blocks = torch.from_numpy(data.copy()).view(n, k // _BLOCK, -1)
+    halves = 2 if kind == "Q4_1" else 1
+
+    def float_at(i: int) -> torch.Tensor:
+        return blocks[..., 2 * i : 2 * i + 2].contiguous().view(torch.float16)[..., 0].float()
+
+    scale, codes = float_at(0), blocks[..., 2 * halves :].reshape(n, -1)
+    if kind == "Q8_0":
+        return mistral_kernels.QuantizedWeight("int8", codes.view(torch.int8), scale, None, _BLOCK, k)
+    offset = float_at(1) + 8 * scale if kind == "Q4_1" else None  # its code is from 0 to 15, ours about 8
+    return mistral_kernels.QuantizedWeight("int4", codes, scale, offset, _BLOCK, k)
 
 
 def _decimal(value: float) -> float:

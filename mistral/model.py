@@ -22,7 +22,7 @@ from .config import ModelConfig
 DECODE_TOKENS = 16  # beyond so many, what Python takes between the ops is little beside them
 DECODE_WEIGHTS = ("attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")
 _OPS = (
-    *("rms_norm", "add_rms_norm", "linear", "swiglu", "rope", "rope_table", "attention"),
+    *("rms_norm", "add_rms_norm", "linear", "linear_quantized", "swiglu", "rope", "rope_table", "attention"),
     *("rope_write_kv", "write_kv", "attention_cached"),
 )
 
@@ -78,6 +78,10 @@ class Linear(nn.Linear):
         return self.ops.linear(x, self.weight, self.bias)
 
 
+# How the weight of a projection is read for `decode_layers`, by the type of its module.
+WEIGHT_OF: dict[type, Callable[[Any], Any]] = {Linear: lambda module: module._parameters["weight"]}
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: SimpleNamespace):
         super().__init__()
@@ -113,18 +117,20 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config, ops)
         self.feed_forward = FeedForward(config, ops)
 
-    def plain_weights(self) -> list[torch.Tensor] | None:
+    def plain_weights(self) -> list[Any] | None:
         """The weights as `decode_layers` takes them; None where a part is not what it was built as: replaced, hooked
         or compiled, so that calling the layer means more than its weights."""
         norms, linears = ("attention_norm", "ffn_norm"), ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
         parts: dict[str, Any] = {**self._modules, **self.attention._modules, **self.feed_forward._modules}
-        kinds: dict[str, type] = dict.fromkeys(norms, RMSNorm) | dict.fromkeys(linears, Linear)
-        kinds |= dict(attention=Attention, feed_forward=FeedForward)
+        kinds: dict[str, type] = dict.fromkeys(norms, RMSNorm) | dict(attention=Attention, feed_forward=FeedForward)
         if any(type(parts[name]) is not kind for name, kind in kinds.items()):
+            return None
+        if any(type(parts[name]) not in WEIGHT_OF for name in linears):
             return None
         if any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in (self, *parts.values())):
             return None
-        return [parts[name]._parameters["weight"] for name in DECODE_WEIGHTS]
+        modules = ((name, parts[name]) for name in DECODE_WEIGHTS)
+        return [m._parameters["weight"] if name in norms else WEIGHT_OF[type(m)](m) for name, m in modules]
 
     def forward(
         self, delta: torch.Tensor, residual: torch.Tensor | None, plan: Any, rings: Any = None
@@ -268,8 +274,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor, float32: bool = False) -> torch.Tensor:
         """The output projection of what `hidden` returns."""
-        if self.output is None:
-            logits = self.ops.linear(hidden, self.tok_embeddings.weight)
+        embedding: Any = self.tok_embeddings
+        if self.output is None and hasattr(embedding, "project"):
+            logits = embedding.project(hidden)  # its weight is quantised
+        elif self.output is None:
+            logits = self.ops.linear(hidden, embedding.weight)
         else:
             logits = self.output(hidden)
         return logits.float() if float32 else logits
@@ -307,7 +316,7 @@ class Transformer(nn.Module):
         few = few and not plan.cache.k_scale
         if not few or self.ops.decode_layers is None or self.device.type != "cpu" or torch.compiler.is_compiling():
             return None
-        weights: list[torch.Tensor] = []
+        weights: list[Any] = []
         biases: list[torch.Tensor] = []
         layer: Any
         for layer in self.layers:

@@ -1,5 +1,6 @@
 """Folders of safetensors: what lies in them, read tensor by tensor; and files written tensor by tensor."""
 
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from .config import ModelConfig
 from .extras import need
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
+_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX = "model.safetensors.index.json"
@@ -211,16 +212,24 @@ def write_json(files: Replacing, name: str, value: Mapping[str, Any]) -> None:
     files.write(name, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_safetensors(files: Replacing, name: str, tensors: Sequence[Stored], bar: Any) -> None:
-    """Writes a safetensors file with one tensor in memory at a time.
+def write_safetensors(
+    files: Replacing,
+    name: str,
+    tensors: Sequence[Stored],
+    bar: Any,
+    metadata: Mapping[str, str] | None = None,
+    in_order: bool = False,
+) -> None:
+    """Writes a safetensors file with one tensor in memory at a time, `in_order` where that leaves all aligned.
 
     A file is the length of its header in 8 bytes, the header in JSON, and the bytes of the tensors back to back.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     # Wider types first, as the library does: then each tensor is aligned to its type.
     typed = [(t, t.dtype) for t in tensors if t.dtype is not None]
-    typed.sort(key=lambda pair: (-pair[1].itemsize, pair[0].name))
+    if not in_order or not _aligned(typed):
+        typed.sort(key=lambda pair: (-pair[1].itemsize, pair[0].name))
     for tensor, dtype in typed:
         start, end = end, end + tensor.bytes
         header[tensor.name] = dict(dtype=_KINDS[dtype], shape=list(tensor.shape), data_offsets=[start, end])
@@ -233,6 +242,12 @@ def write_safetensors(files: Replacing, name: str, tensors: Sequence[Stored], ba
             file.write(values.flatten().view(torch.uint8).numpy().data)
             bar.update(tensor.bytes)
         files.close(file)
+
+
+def _aligned(typed: Sequence[tuple[Stored, torch.dtype]]) -> bool:
+    """Whether each tensor starts at a multiple of its type's size, one right after the other."""
+    ends = itertools.accumulate((tensor.bytes for tensor, _ in typed), initial=0)
+    return all(start % dtype.itemsize == 0 for start, (_, dtype) in zip(ends, typed, strict=False))
 
 
 def split_shards(tensors: Sequence[Stored], max_bytes: int) -> list[list[Stored]]:

@@ -31,6 +31,8 @@ from .config import ModelConfig
 from .extras import need
 from .gguf_file import open_gguf
 from .model import Transformer
+from .quantized import put, quantized_names
+from .quantized_file import is_quantized, load_quantized
 from .safetensors_file import (
     Replacing,
     folder_format,
@@ -120,10 +122,15 @@ def load_state(
 
 
 def _read(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, progress: bool, device: torch.device | str
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    progress: bool,
+    device: torch.device | str,
+    without: Sequence[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     checkpoint.check_tied()
-    stored = [(name, checkpoint.tensors[name]) for name in expected_shapes(checkpoint.config)]
+    wanted = (name for name in expected_shapes(checkpoint.config) if name.removesuffix(".weight") not in without)
+    stored = [(name, checkpoint.tensors[name]) for name in wanted]
     with bar("loading", [tensor for _, tensor in stored], progress) as shown:
         for name, tensor in stored:
             values = tensor.read()
@@ -148,8 +155,9 @@ def load_model(
     window: int | str | None = "config",
     device: torch.device | str = "cpu",
     progress: bool = True,
+    keep_codes: bool = False,
 ) -> Transformer:
-    """Loads a model.
+    """Loads a model; one that `mistral.quantize` wrote runs on its codes.
 
     Args:
         path: as for `open_checkpoint`.
@@ -158,18 +166,30 @@ def load_model(
         window: "config" keeps the checkpoint's sliding window, None removes it, a number W sets it.
         device: where the weights are put.
         progress: shows a bar on standard error.
+        keep_codes: runs a GGUF file's projections of type Q8_0, Q4_0 and Q4_1, and a tied embedding, as they are,
+            instead of dequantising them.
 
     Raises:
         As `load_state`.
     """
+    if is_quantized(path):
+        return load_quantized(path, ops, dtype, window, device, progress)
     checkpoint = open_checkpoint(path)
     checkpoint.check()
     with torch.device("meta"):
         model = Transformer(checkpoint.config.with_window(window), ops=ops)
-    for name, tensor in _read(checkpoint, dtype, progress, device):
+    kept = _codes_to_keep(checkpoint) if keep_codes else []
+    for name, tensor in _read(checkpoint, dtype, progress, device, kept):
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+    for module in kept:
+        put(model, module, checkpoint.tensors[f"{module}.weight"].codes(), dtype)  # type: ignore[misc]
     return model.to(device).eval()
+
+
+def _codes_to_keep(checkpoint: Checkpoint) -> list[str]:
+    names = quantized_names(checkpoint.config)
+    return [name for name in names if checkpoint.tensors[f"{name}.weight"].codes is not None]
 
 
 # ---- saving ----

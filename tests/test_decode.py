@@ -96,7 +96,7 @@ def arguments(dtype=torch.float32):
 def test_opcheck():
     x, weights, k, v, positions, cos, sin, lens = arguments()
     op = torch.ops.mistral_kernels.decode_layers.default
-    torch.library.opcheck(op, (x, weights, [], k, v, positions, cos, sin, None, lens, 0, 0.4, 1e-5, False, 1))
+    torch.library.opcheck(op, (x, weights, [], [], [], k, v, positions, cos, sin, None, lens, 0, 0.4, 1e-5, False, 1))
 
 
 BAD = {

@@ -8,7 +8,34 @@ namespace {
 
 // In the order in which Python hands them over.
 enum Weight { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3, weights_of_layer };
-constexpr int biases_of_layer = 3;
+constexpr int biases_of_layer = 3, linears_of_layer = 7;
+
+// The weights of one layer; those of linear layers may be codes, with scales and, for some, offsets.
+struct Layer {
+  const Tensor *weights, *scales;  // scales: a scale and an offset for each linear layer; null where none is quantised
+  const int64_t* formats;          // likewise a scheme and a group
+  const Tensor& operator[](Weight which) const { return weights[which]; }
+};
+
+enum Scheme { none, int8, w8a8, int4, nf4 };
+
+Tensor any_linear(const Tensor& x, const Layer& layer, Weight which, Maybe bias) {
+  const int i = which < ffn_norm ? which - wq : which - w1 + 4;
+  if (!layer.formats || layer.formats[2 * i] == none) return linear(x, layer[which], bias);
+  const Tensor &codes = layer[which], &scale = layer.scales[2 * i], &offset = layer.scales[2 * i + 1];
+  const int64_t group = layer.formats[2 * i + 1];
+  switch (layer.formats[2 * i]) {
+    case int8:
+      return linear_int8(x, codes, scale, bias, group);
+    case w8a8:
+      return linear_w8a8(x, codes, scale, bias, group);
+    case int4:
+      return linear_int4(x, codes, scale, offset.numel() ? Maybe(offset) : std::nullopt, bias, group);
+    case nf4:
+      return linear_nf4(x, codes, scale, bias, group);
+  }
+  STD_TORCH_CHECK(false, "formats has scheme ", layer.formats[2 * i], "; it must be 0 to 4");
+}
 
 // The tokens of t [T, heads * dim] as [T, heads, dim], or back; t is contiguous.
 Tensor as_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
@@ -33,7 +60,7 @@ struct Pass {
 };
 
 // Attention reads keys by the heads of the caches: they have to fit those of the weights.
-void check(const Tensor& x, const Tensor* w, const Tensor& k_cache, const Tensor& v_cache, const Pass& pass) {
+void check(const Tensor& x, const Layer& w, const Tensor& k_cache, const Tensor& v_cache, const Pass& pass) {
   STD_TORCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4 && k_cache.numel() == v_cache.numel() &&
                       k_cache.size(1) == v_cache.size(1) && k_cache.size(2) == v_cache.size(2),
                   "a layer's caches must be equal, [B, slots, Hkv, D]");
@@ -45,12 +72,12 @@ void check(const Tensor& x, const Tensor* w, const Tensor& k_cache, const Tensor
   STD_TORCH_CHECK(pass.seq_lens.numel() == k_cache.size(0), "seq_lens must be [", k_cache.size(0), "]");
 }
 
-Tensor attend(const Tensor& x, const Tensor* w, const Tensor* biases, const Tensor& k_cache, const Tensor& v_cache,
+Tensor attend(const Tensor& x, const Layer& w, const Tensor* biases, const Tensor& k_cache, const Tensor& v_cache,
               const Pass& pass) {
   check(x, w, k_cache, v_cache, pass);
   const int64_t tokens = x.size(0), dim = k_cache.size(3);
   const auto project = [&](Weight which) {
-    const Tensor all = linear(x, w[which], biases ? Maybe(biases[which - wq]) : std::nullopt);
+    const Tensor all = any_linear(x, w, which, biases ? Maybe(biases[which - wq]) : std::nullopt);
     return as_shape(all, {tokens, all.size(1) / dim, dim});
   };
   const Tensor v = project(wv);
@@ -58,24 +85,29 @@ Tensor attend(const Tensor& x, const Tensor* w, const Tensor* biases, const Tens
                                     pass.cu, pass.adjacent);
   const Tensor out = attention_cached(q, k_cache, v_cache, pass.seq_lens, pass.window, pass.scale, std::nullopt,
                                       std::nullopt, pass.cu, pass.max_q, true);
-  return linear(as_shape(out, {tokens, w[wq].size(0)}), w[wo], std::nullopt);
+  return any_linear(as_shape(out, {tokens, w[wq].size(0)}), w, wo, std::nullopt);
 }
 
-std::tuple<Tensor, Tensor> decode_layers(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+std::tuple<Tensor, Tensor> decode_layers(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                                         std::vector<int64_t> formats, std::vector<Tensor> biases,
                                          std::vector<Tensor> k_caches, std::vector<Tensor> v_caches,
                                          const Tensor& positions, const Tensor& cos, const Tensor& sin, Maybe cu,
                                          const Tensor& seq_lens, int64_t window, double scale, double eps,
                                          bool adjacent, int64_t max_q) {
   const size_t layers = k_caches.size();
   STD_TORCH_CHECK(layers && v_caches.size() == layers && weights.size() == layers * weights_of_layer &&
-                      (biases.empty() || biases.size() == layers * biases_of_layer),
+                      (biases.empty() || biases.size() == layers * biases_of_layer) &&
+                      scales.size() == formats.size() &&
+                      (formats.empty() || formats.size() == layers * 2 * linears_of_layer),
                   "each of ", layers, " layers needs two caches, ", int{weights_of_layer}, " weights, and ",
                   biases_of_layer, " biases or none");
   STD_TORCH_CHECK(x.dim() == 2, "x must be [T, N]");
   const Pass pass{positions, cos, sin, seq_lens, cu, window, scale, eps, adjacent, max_q};
   Tensor delta = x, residual = x, normed, unused;
   for (size_t i = 0; i < layers; i++) {
-    const Tensor* w = weights.data() + i * weights_of_layer;
+    const bool plain = formats.empty();
+    const Layer w{weights.data() + i * weights_of_layer, plain ? nullptr : scales.data() + i * 2 * linears_of_layer,
+                  plain ? nullptr : formats.data() + i * 2 * linears_of_layer};
     if (i)
       std::tie(normed, residual, unused) = add_rms_norm(delta, residual, w[attention_norm], eps, true);
     else
@@ -83,8 +115,8 @@ std::tuple<Tensor, Tensor> decode_layers(const Tensor& x, std::vector<Tensor> we
     delta = attend(normed, w, biases.empty() ? nullptr : biases.data() + i * biases_of_layer, k_caches[i], v_caches[i],
                    pass);
     std::tie(normed, residual, unused) = add_rms_norm(delta, residual, w[ffn_norm], eps, true);
-    delta =
-        linear(swiglu(linear(normed, w[w1], std::nullopt), linear(normed, w[w3], std::nullopt)), w[w2], std::nullopt);
+    delta = any_linear(swiglu(any_linear(normed, w, w1, std::nullopt), any_linear(normed, w, w3, std::nullopt)), w, w2,
+                       std::nullopt);
   }
   return {delta, residual};
 }

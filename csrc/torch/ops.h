@@ -13,6 +13,10 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                 double eps, bool model);
 Tensor linear(const Tensor& x, const Tensor& weight, Maybe bias);
+Tensor linear_int8(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe bias, int64_t group);
+Tensor linear_w8a8(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe bias, int64_t group);
+Tensor linear_int4(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe offset, Maybe bias, int64_t group);
+Tensor linear_nf4(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe bias, int64_t group);
 Tensor swiglu(const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
                                          const Tensor& v_cache, const Tensor& positions, const Tensor& cos,

@@ -1,23 +1,26 @@
 """All layers of a decode step in one call: no Python between the kernels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .. import _checks
 from .._dispatch import Op
 from ..attention import check_window
+from ..quant_linear import QuantizedWeight
 from ..ring_cache import check_history
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
 from . import reference
 
 WEIGHTS = ("attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")
+LINEARS = tuple(i for i, name in enumerate(WEIGHTS) if name.startswith("w"))
 
 _decode_layers = Op(
-    "decode_layers(Tensor x, Tensor[] weights, Tensor[] biases, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches,"
-    " Tensor positions, Tensor cos, Tensor sin, Tensor? cu, Tensor seq_lens, int window, float scale, float eps,"
-    " bool interleaved, SymInt max_q) -> (Tensor, Tensor)",
+    "decode_layers(Tensor x, Tensor[] weights, Tensor[] scales, int[] formats, Tensor[] biases,"
+    " Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor positions, Tensor cos, Tensor sin, Tensor? cu,"
+    " Tensor seq_lens, int window, float scale, float eps, bool interleaved, SymInt max_q) -> (Tensor, Tensor)",
     eager=reference.decode_layers,
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
@@ -25,7 +28,7 @@ _decode_layers = Op(
 
 def _check_layers(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | QuantizedWeight],
     biases: Sequence[torch.Tensor],
     k_caches: Sequence[torch.Tensor],
     v_caches: Sequence[torch.Tensor],
@@ -39,14 +42,42 @@ def _check_layers(
         raise ValueError(f"there are {len(biases)} biases for {layers} layers; each takes 3, of wq, wk and wv, or none")
     if x.dim() != 2:
         raise ValueError(f"x is {_checks.shape(x)}; it must be [T, N]")
-    for name, t in (("weights[0]", weights[0]), ("k_caches[0]", k_caches[0]), ("v_caches[0]", v_caches[0])):
+    for i, w in enumerate(weights):
+        if isinstance(w, QuantizedWeight) and i % len(WEIGHTS) not in LINEARS:
+            raise TypeError(f"weights[{i}] is quantised, but {WEIGHTS[i % len(WEIGHTS)]} must be a tensor")
+    norm: Any = weights[0]
+    for name, t in (("weights[0]", norm), ("k_caches[0]", k_caches[0]), ("v_caches[0]", v_caches[0])):
         if t.dtype != x.dtype:
             raise TypeError(f"{name} is {t.dtype} but x is {x.dtype}; they must be equal")
 
 
+def _taken_apart(
+    weights: Sequence[torch.Tensor | QuantizedWeight], x: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+    """The weights with codes for those that are quantised, the scales and offsets, empty where there are none, and the
+    scheme and group of each linear layer; the last two empty where none is quantised."""
+    if not any(isinstance(w, QuantizedWeight) for w in weights):
+        return list(weights), [], []  # type: ignore[arg-type]
+    tensors: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
+    formats: list[int] = []
+    none = x.new_empty(0)
+    for i, w in enumerate(weights):
+        if isinstance(w, QuantizedWeight):
+            tensors.append(w.codes)
+            scales += (w.scale, none if w.offset is None else w.offset)
+            formats += (reference.SCHEMES.index(w.scheme), w.group)
+        else:
+            tensors.append(w)
+            if i % len(WEIGHTS) in LINEARS:
+                scales += (none, none)
+                formats += (0, 0)
+    return tensors, scales, formats
+
+
 def decode_layers(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | QuantizedWeight],
     k_caches: Sequence[torch.Tensor],
     v_caches: Sequence[torch.Tensor],
     positions: torch.Tensor,
@@ -69,7 +100,8 @@ def decode_layers(
 
     Args:
         x: `[T, N]`, the tokens' embeddings, of the weights' dtype.
-        weights: of each layer attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2 and w3, the layers one after the other.
+        weights: of each layer attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2 and w3, the layers one after the other;
+            the linear ones may be `QuantizedWeight`s, and run as in `linear_quantized`.
         k_caches, v_caches: one `[B, slots, Hkv, D]` a layer; written in place.
         positions, cos, sin, cu_seqlens, interleaved: as in `rope_write_kv`, for packed tokens `[T]`.
         seq_lens: `[B]` int32, the tokens of each sequence with the new ones, as in `attention_cached`.
@@ -96,12 +128,15 @@ def decode_layers(
             f"x is {_checks.shape(x)}, positions {_checks.shape(positions)}, seq_lens {_checks.shape(seq_lens)}; they"
             f" must be [T, N], [T] and [{batch}], with T = {batch} without cu_seqlens"
         )
-    _checks.no_gradient("decode_layers", x=x, weights=weights[1])
+    plain = next((w for w in weights[1:] if isinstance(w, torch.Tensor)), None)
+    _checks.no_gradient("decode_layers", x=x, weights=plain)
     check_tables(cos, sin, dim)
     check_positions(positions, cos.shape[0], idle=True)
     longest = (1 if cu_seqlens is None else x.shape[0]) if max_seqlen is None else max_seqlen
     check_history(seq_lens, slots, width, longest, False)
     table = _checks.accumulate_dtype(x.dtype)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
-    tensors = (x, list(weights), list(biases), list(k_caches), list(v_caches), positions, cos, sin, cu_seqlens)
-    return _decode_layers(impl, *tensors, seq_lens, width, dim**-0.5, float(eps), interleaved, longest)
+    tensors = (list(biases), list(k_caches), list(v_caches), positions, cos, sin, cu_seqlens)
+    return _decode_layers(
+        impl, x, *_taken_apart(weights, x), *tensors, seq_lens, width, dim**-0.5, float(eps), interleaved, longest
+    )

@@ -1,0 +1,146 @@
+"""`python -m mistral.quantize`: writes a checkpoint with its weights in int8, int4 or NF4.
+
+Weights pass through memory one at a time; the files are replaced only when the new ones are whole.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mistral_kernels import QuantizedWeight, quantize_weight
+from mistral_kernels.quant_linear.weights import SCHEMES, check_scheme
+
+from .checkpoint import Checkpoint, Stored, expected_shapes
+from .convert import copy_tokenizer
+from .gguf_tokenizer import gguf_tokenizer
+from .quantized import output_scheme, quantized_names
+from .quantized_file import FILE, METHOD, part_shapes
+from .safetensors_file import Replacing, write_json, write_safetensors
+from .weights import bar, hf_config, open_checkpoint
+
+EXAMPLES = """\
+examples:
+  python -m mistral.quantize --model Mistral-7B-v0.3 --scheme int8 --out out/mistral-7b-int8
+  python -m mistral.quantize --model out/smollm2 --scheme int4 --group-size 64 --out out/smollm2-int4
+  python -m mistral.generate --model out/smollm2-int4 --chat --prompt "Why is the sky blue?"
+
+int8 keeps a scale for each row. w8a8 has the same weights, and rounds the activations to int8 as well. int4 and nf4
+keep a scale for each group. The embedding of a tied model, and the output projection, are int8 with every scheme."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mistral.quantize",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, help="a checkpoint: its folder, or a .gguf file")
+    parser.add_argument("--scheme", required=True, choices=SCHEMES)
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write, made if missing")
+    parser.add_argument(
+        "--group-size", type=int, help="32, 64 or 128 inputs a scale, 0 for rows (default: rows, int4 128, nf4 64)"
+    )
+    parser.add_argument("--asymmetric", action="store_true", help="int4 with an offset for each group")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of what stays as it is")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def _parts(name: str, weight: Stored, how: dict[str, Any]) -> list[Stored]:
+    """The codes and scales of one weight, which is read and quantised when the first of them is."""
+    held: list[QuantizedWeight] = []
+    shapes = part_shapes(how, weight.shape)  # type: ignore[arg-type]
+
+    def reader(part: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            if not held:
+                held.append(quantize_weight(weight.read(), how["scheme"], how["group"], how["asymmetric"]))
+            tensor = getattr(held[0], part)
+            if part == "codes":
+                held.clear()
+            return tensor
+
+        return read
+
+    return [Stored(f"{name}.{part}", shape, dtype, reader(part)) for part, (shape, dtype) in shapes.items()]
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    scheme: str,
+    group_size: int | None = None,
+    asymmetric: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: bool = True,
+) -> None:
+    """Writes quantized.safetensors and config.json, with one weight in memory at a time.
+
+    Args:
+        checkpoint: what `open_checkpoint` returned.
+        folder: made if missing.
+        scheme, group_size, asymmetric: as `mistral_kernels.quantize_weight` takes them.
+        dtype: of norms and biases, and of an embedding that is no output projection.
+        progress: shows a bar on standard error.
+
+    Raises:
+        ValueError: tensors that do not fit the config; a scheme or group that is not known; weights that are not
+            finite.
+    """
+    group = check_scheme(scheme, group_size)
+    if asymmetric and scheme != "int4":
+        raise ValueError(f"asymmetric is for int4; scheme is {scheme!r}")
+    checkpoint.check()
+    checkpoint.check_tied()
+    config, tied = checkpoint.config, checkpoint.config.tie_embeddings
+    chosen = dict(scheme=scheme, group=group, asymmetric=asymmetric)
+    whole_rows = dict(scheme="int8", group=0, asymmetric=False)
+    modules = {n: whole_rows if output_scheme(n, tied) else chosen for n in quantized_names(config)}
+    tensors: list[Stored] = []
+    for name, shape in expected_shapes(config).items():
+        stored, module = checkpoint.tensors[name], name.removesuffix(".weight")
+        if module in modules:
+            tensors += _parts(module, stored, modules[module])
+        else:
+            tensors.append(Stored(name, shape, dtype, stored.read))
+    settings = hf_config(config, dtype) | dict(quantization_config=dict(quant_method=METHOD, **chosen))
+    metadata = dict(quantization=json.dumps(dict(version=1, **chosen, modules=modules)))
+    with Replacing(Path(folder)) as files, bar("quantising", tensors, progress) as shown:
+        write_safetensors(files, FILE, tensors, shown, metadata, in_order=True)
+        write_json(files, "config.json", settings)
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    if checkpoint.format != "gguf":
+        return copy_tokenizer(checkpoint.path, folder)
+    try:
+        gguf_tokenizer(checkpoint.path).save(folder)
+    except NotImplementedError as error:
+        print(f"quantize: the tokenizer is left out: {error}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    how = (options.scheme, options.group_size, options.asymmetric, DTYPES[options.dtype], not options.quiet)
+    try:
+        checkpoint = open_checkpoint(options.model)
+        quantize_checkpoint(checkpoint, options.out, *how)
+        _copy_tokenizer(checkpoint, options.out)
+    except (OSError, ValueError, NotImplementedError, ModuleNotFoundError) as error:
+        sys.exit(f"quantize: {error}")
+    size = (options.out / FILE).stat().st_size
+    print(
+        f"{options.out / FILE}: {size / 1e6:.1f} MB, {8 * size / checkpoint.config.parameter_count():.2f} bits a weight"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
