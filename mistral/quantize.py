@@ -72,6 +72,12 @@ def _parts(name: str, weight: Stored, how: dict[str, Any]) -> list[Stored]:
     return [Stored(f"{name}.{part}", shape, dtype, reader(part)) for part, (shape, dtype) in shapes.items()]
 
 
+def _refuse_weights(folder: Path) -> None:
+    """A folder with whole weights too would be read as one or as the other."""
+    if left := sorted(file.name for file in folder.glob("*.safetensors*") if file.name != FILE):
+        raise ValueError(f"{folder} already has {', '.join(left)}; choose another folder to write")
+
+
 def quantize_checkpoint(
     checkpoint: Checkpoint,
     folder: str | Path,
@@ -92,13 +98,14 @@ def quantize_checkpoint(
 
     Raises:
         ValueError: tensors that do not fit the config; a scheme or group that is not known; weights that are not
-            finite.
+            finite; a folder that has other weights.
     """
     group = check_scheme(scheme, group_size)
     if asymmetric and scheme != "int4":
         raise ValueError(f"asymmetric is for int4; scheme is {scheme!r}")
     checkpoint.check()
     checkpoint.check_tied()
+    _refuse_weights(Path(folder))
     config, tied = checkpoint.config, checkpoint.config.tie_embeddings
     chosen = dict(scheme=scheme, group=group, asymmetric=asymmetric)
     whole_rows = dict(scheme="int8", group=0, asymmetric=False)

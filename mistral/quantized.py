@@ -36,10 +36,17 @@ class Quantized(nn.Module):
         self.out_features, self.in_features = weight.shape
         for name in PARTS:
             self.register_buffer(name, getattr(weight, name))
+        self._made = weight
 
     @property
     def quantized(self) -> QuantizedWeight:
-        return QuantizedWeight(self.scheme, self.codes, self.scale, self.offset, self.group, self.in_features)
+        # Kept while the buffers are the same ones: a decode step asks every projection, and making them takes longer
+        # than its small products.
+        made, now = self._made, self._buffers
+        if any(getattr(made, name) is not now[name] for name in PARTS):
+            parts = (self.codes, self.scale, self.offset)
+            self._made = made = QuantizedWeight(self.scheme, *parts, self.group, self.in_features)
+        return made
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         scale, offset = self.scale, self.offset
@@ -146,26 +153,4 @@ def quantize_model(
         last = output_scheme(name, model.config.tie_embeddings)
         how = ("int8", None, False) if last else (scheme, group_size, asymmetric)
         put(model, name, quantize_weight(module.weight, *how), dtype)
-    return model
-
-
-@torch.no_grad()
-def dequantize_model(model: Transformer, dtype: torch.dtype | None = None) -> Transformer:
-    """Puts plain weights, which the codes stand for, in the place of quantised ones; in place."""
-    dtype = model.dtype if dtype is None else dtype
-    module: Any
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, Quantized):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        with torch.device("meta"):
-            new: Any = (
-                nn.Embedding(module.out_features, module.in_features)
-                if isinstance(module, QuantizedEmbedding)
-                else Linear(module.in_features, module.out_features, model.ops, module.bias is not None)
-            )
-        new.weight = nn.Parameter(module.quantized.dequantize(dtype), requires_grad=False)
-        if getattr(module, "bias", None) is not None:
-            new.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-        setattr(model.get_submodule(parent), leaf, new)
     return model

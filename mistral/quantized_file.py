@@ -21,7 +21,7 @@ from .config import ModelConfig
 from .extras import need
 from .model import Transformer
 from .quantized import PARTS, put
-from .safetensors_file import read_json
+from .safetensors_file import KINDS, read_json
 
 FILE = "quantized.safetensors"
 METHOD = "mistral_kernels"
@@ -64,13 +64,28 @@ def _schemes(path: Path, metadata: Mapping[str, str] | None) -> dict[str, dict[s
     return modules
 
 
-def _expected(config: ModelConfig, modules: Mapping[str, dict[str, Any]]) -> dict[str, tuple[int, ...]]:
-    shapes = dict(expected_shapes(config))
-    for name, how in modules.items():
-        whole: Any = shapes.pop(f"{name}.weight", None)
-        if whole is not None:
-            shapes |= {f"{name}.{part}": shape for part, (shape, _) in part_shapes(how, whole).items()}
-    return shapes
+def _expected(
+    config: ModelConfig, modules: Mapping[str, dict[str, Any]]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shape and, of codes and scales, the dtype of every tensor that a file has to hold."""
+    whole = expected_shapes(config)
+    needed = {name: (shape, None) for name, shape in whole.items() if name.removesuffix(".weight") not in modules}
+    parts = {name: part_shapes(how, whole.get(f"{name}.weight", (0, 0))) for name, how in modules.items()}  # type: ignore[arg-type]
+    return needed | {f"{name}.{part}": what for name, of in parts.items() for part, what in of.items()}
+
+
+def _check_tensors(path: Path, handle: Any, needed: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]) -> None:
+    have = set(handle.keys())
+    wrong = [f"{n} is {'missing' if n in needed else 'unknown'}" for n in sorted(needed.keys() ^ have)]
+    for name in sorted(needed.keys() & have):
+        (shape, dtype), header = needed[name], handle.get_slice(name)
+        found, kind = header.get_shape(), header.get_dtype()
+        if tuple(found) != shape:
+            wrong.append(f"{name} is {found}, needed {list(shape)}")
+        if dtype is not None and kind != KINDS[dtype]:
+            wrong.append(f"{name} is {kind}, needed {KINDS[dtype]}")
+    if wrong:
+        raise ValueError(f"the tensors in {path} do not fit its config: {', '.join(wrong[:10])}")
 
 
 def load_quantized(
@@ -93,19 +108,15 @@ def load_quantized(
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / FILE} is no whole safetensors file: {error}") from error
     modules = _schemes(folder / FILE, handle.metadata())
-    needed, have = _expected(config, modules), set(handle.keys())
-    wrong = [f"{n} is {'missing' if n in needed else 'unknown'}" for n in sorted(needed.keys() ^ have)]
-    shapes = {n: tuple(handle.get_slice(n).get_shape()) for n in needed.keys() & have}
-    wrong += [f"{n} is {list(s)}, needed {list(needed[n])}" for n, s in sorted(shapes.items()) if s != needed[n]]
-    if wrong:
-        raise ValueError(f"the tensors in {folder / FILE} do not fit its config: {', '.join(wrong[:10])}")
+    needed = _expected(config, modules)
+    _check_tensors(folder / FILE, handle, needed)
     with torch.device("meta"):
         model = Transformer(config.with_window(window), ops=ops)
     names = [n for n in expected_shapes(config) if n in needed] + list(modules)
     for name in need("tqdm").tqdm(names, desc="loading", disable=None if progress else True, leave=False):
         if name in modules:
             how = modules[name]
-            parts = {p: handle.get_tensor(f"{name}.{p}").clone().to(device) for p in PARTS if f"{name}.{p}" in have}
+            parts = {p: handle.get_tensor(f"{name}.{p}").clone().to(device) for p in PARTS if f"{name}.{p}" in needed}
             inputs = expected_shapes(config)[f"{name}.weight"][1]
             weight = QuantizedWeight(
                 how["scheme"], parts["codes"], parts["scale"], parts.get("offset"), how["group"], inputs

@@ -18,7 +18,7 @@ from .config import ModelConfig
 from .extras import need
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
+KINDS = {dtype: kind for kind, dtype in _DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX = "model.safetensors.index.json"
@@ -232,7 +232,7 @@ def write_safetensors(
         typed.sort(key=lambda pair: (-pair[1].itemsize, pair[0].name))
     for tensor, dtype in typed:
         start, end = end, end + tensor.bytes
-        header[tensor.name] = dict(dtype=_KINDS[dtype], shape=list(tensor.shape), data_offsets=[start, end])
+        header[tensor.name] = dict(dtype=KINDS[dtype], shape=list(tensor.shape), data_offsets=[start, end])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with files.open(name) as file:

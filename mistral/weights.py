@@ -72,6 +72,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         NotImplementedError: a feature that the model does not have, named.
     """
     path = Path(path)
+    if is_quantized(path):
+        raise ValueError(f"{path} was written by mistral.quantize; load_model runs it, and nothing reads its weights")
     return open_gguf(path) if _is_gguf(path) else open_folder(path)
 
 
@@ -295,9 +297,9 @@ def _hf_shards(tensors: list[Stored], max_bytes: int) -> dict[str, list[Stored]]
 
 
 def _refuse_leftovers(folder: Path, format: str, written: set[str]) -> None:
-    pattern = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    pattern = r"(quantized|model(-\d+-of-\d+)?)\.safetensors(\.index\.json)?"
     if format == "mistral":
-        pattern = r"consolidated(-\d+-of-\d+)?\.safetensors"
+        pattern = r"(quantized|consolidated(-\d+-of-\d+)?)\.safetensors"
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     if left := sorted(name for name in names if re.fullmatch(pattern, name) and name not in written):
         raise ValueError(
