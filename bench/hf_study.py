@@ -35,7 +35,9 @@ QUESTIONS = (
 )
 MARK = "smollm2"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-FULL, QUICK = dict(prompt=512, rounds=3, repeats=3), dict(prompt=256, rounds=1, repeats=2)
+FULL = dict(prompt=512, padded=32, rounds=3, repeats=3)
+QUICK = dict(prompt=256, padded=8, rounds=1, repeats=2)
+OPTIONS = ("model", "dtype", "threads", "clock", "prompt", "tokens", "padded", "rounds", "repeats")
 FIELDS = ("prefill", "decode", "generate_peak", "train", "train_peak")
 
 
@@ -282,9 +284,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: the process's CPU time, for a busy machine; one thread"
     )
-    parser.add_argument("--quick", action="store_true", help="a shorter prompt, fewer processes and runs of each")
+    parser.add_argument("--quick", action="store_true", help="shorter prompt and rows, fewer processes and runs")
     parser.add_argument("--prompt", type=int, help="tokens of the timed prompt (default: 512; quick: 256)")
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens (default: 64)")
+    parser.add_argument("--padded", type=int, help="greedy tokens of padded rows (default: 32; quick: 8)")
     parser.add_argument("--rounds", type=int, help="processes of each variant (default: 3; quick: 1)")
     parser.add_argument("--repeats", type=int, help="timed runs of each process (default: 3; quick: 2)")
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -292,7 +295,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, usual in (QUICK if options.quick else FULL).items():
         if getattr(options, name) is None:
             setattr(options, name, usual)
-    for name, least in dict(threads=1, prompt=1, tokens=3, rounds=1, repeats=1).items():
+    for name, least in dict(threads=1, prompt=1, tokens=3, padded=1, rounds=1, repeats=1).items():
         if getattr(options, name) < least:
             parser.error(f"--{name} is {getattr(options, name)}; it must be at least {least}")
     if options.clock == "cpu" and options.threads != 1:
@@ -312,12 +315,12 @@ def main(argv: list[str] | None = None) -> int:
     found = {}
     for dtype in ("float32", "bfloat16"):
         model, tokenizer = load(options.model, getattr(torch, dtype))
-        found[dtype] = agreement(model, tokenizer, options.tokens, min(options.tokens, 32))
+        found[dtype] = agreement(model, tokenizer, options.tokens, min(options.tokens, options.padded))
     seen, failed = timed(options)
     kept = dict(vars(options), model=options.model.name)
     result = dict(
         machine=facts("cpu", "default"),
-        options={n: kept[n] for n in ("model", "dtype", "threads", "clock", "prompt", "tokens", "rounds", "repeats")},
+        options={n: kept[n] for n in OPTIONS},
         agreement=found,
         summary={name: summary(runs) for name, runs in seen.items() if runs},
         could_not_run=failed,
