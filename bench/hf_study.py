@@ -264,7 +264,7 @@ def tables(result: dict[str, Any]) -> str:
         report.markdown(("", *result["agreement"]), lines),
         f"Prompt of {given['prompt']} tokens, then {given['tokens']} greedy ones; training: forward and backward of one"
         f" row of {given['prompt']}. {given['dtype']}, {on}, transformers {machine['transformers']}, commit"
-        f" {machine['commit']}. Medians over {given['rounds']} processes of each variant that took turns,"
+        f" {machine['commit']}. Medians over {given['rounds']} process(es) of each variant that took turns,"
         f" {given['repeats']} runs in each, {given['clock']} time, with the range from the tenth to the ninetieth"
         " percentile; peaks beyond what the loaded model holds. Compiled: `fullgraph=True`, a static cache,"
         " compilation itself not counted.",
