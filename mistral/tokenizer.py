@@ -4,6 +4,7 @@ The libraries behind it (mistral-common, tokenizers, gguf, jinja2) are imported 
 """
 
 import abc
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ class Tokenizer(abc.ABC):
         vocab_size: ids are below it.
         bos_id: what `encode` puts first, or None where the model was trained without.
         stop_ids: ids that end a generated text.
+        chat_template: in Jinja, or None where there is none or it is no template.
     """
 
     vocab_size: int
     bos_id: int | None
     stop_ids: tuple[int, ...]
+    chat_template: str | None = None
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text; `bos` puts `bos_id` first, where there is one.
@@ -40,6 +43,23 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out; bytes that make no whole character become U+FFFD."""
 
+    def special(self, name: str) -> tuple[int, str] | None:
+        """Id and text of "bos_token" or "eos_token", whether texts begin with it or not; None where there is none."""
+        return None
+
+    def chat_text(self, messages: Sequence[Message], answer: bool = True) -> str:
+        """A conversation as text with its special tokens spelled out, which `encode` reads as such.
+
+        Args:
+            messages: as for `encode_chat`.
+            answer: up to where the assistant's answer begins; else the last message is left open, to be continued.
+
+        Raises:
+            ValueError: as `encode_chat`.
+            NotImplementedError: a tokenizer that reads no special tokens from text.
+        """
+        raise NotImplementedError("this tokenizer reads no special tokens from text; use encode_chat")
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation up to where the assistant's answer begins.
 
@@ -49,12 +69,7 @@ class Tokenizer(abc.ABC):
         Raises:
             ValueError: messages of another form or order, or a tokenizer without a chat template.
         """
-        for message in messages:
-            strings = all(isinstance(message.get(key), str) for key in ("role", "content"))
-            if not strings or message["role"] not in ("system", "user", "assistant"):
-                raise ValueError(f"{message!r} must have the role system, user or assistant and a string as content")
-        if not messages:
-            raise ValueError("messages is empty; at least one is needed")
+        _check_messages(messages)
         return self._encode_chat(messages)
 
     @abc.abstractmethod
@@ -62,6 +77,15 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]: ...
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    for message in messages:
+        strings = all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not strings or message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"{message!r} must have the role system, user or assistant and a string as content")
+    if not messages:
+        raise ValueError("messages is empty; at least one is needed")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -126,6 +150,21 @@ class MistralTokenizer(Tokenizer):
         policy = need("mistral_common.tokens.tokenizers.base").SpecialTokenPolicy.IGNORE
         return self._text.decode(list(ids), special_token_policy=policy)
 
+    def special(self, name: str) -> tuple[int, str] | None:
+        found = dict(bos_token=self._text.bos_id, eos_token=self._text.eos_id)[name]
+        return found, self._text.id_to_piece(found)
+
+    @property
+    def control(self) -> dict[str, int]:
+        """The special tokens' texts and ids."""
+        return {self._text.id_to_piece(i): i for i in self._text.special_ids}
+
+    def spelled(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens spelled out."""
+        special = {i: text for text, i in self.control.items()}
+        runs = itertools.groupby(ids, key=lambda i: special.get(i))
+        return "".join(self.decode(list(run)) if text is None else text * len(list(run)) for text, run in runs)
+
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
         kinds = need("mistral_common.protocol.instruct.messages")
         request = need("mistral_common.protocol.instruct.request").ChatCompletionRequest
@@ -161,7 +200,7 @@ class JsonTokenizer(Tokenizer):
         self.bos_id = None if bos is None else library.token_to_id(bos)
         self.stop_ids = tuple(dict.fromkeys(stop))
         self._special = dict(special)
-        self._chat_template = chat_template
+        self.chat_template = chat_template
 
     def _encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
@@ -170,16 +209,27 @@ class JsonTokenizer(Tokenizer):
         return self._library.decode(list(ids), skip_special_tokens=True)
 
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        if self._chat_template is None:
+        return self._encode(self.chat_text(messages))
+
+    def special(self, name: str) -> tuple[int, str] | None:
+        text = self._special.get(name)
+        found = None if text is None else self._library.token_to_id(text)
+        return None if text is None or found is None else (found, text)
+
+    def chat_text(self, messages: Sequence[Message], answer: bool = True) -> str:
+        _check_messages(messages)
+        if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template: it is of a base model, use encode")
-        return self._encode(_render(self._chat_template, messages, self._special))
+        text = _render(self.chat_template, messages, self._special, answer)
+        last = messages[-1]["content"].strip()
+        return text if answer else text[: text.rindex(last) + len(last)]
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json, as Hugging Face reads them."""
         settings: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast", **self._special)
         settings["add_bos_token"] = self.bos_id is not None
-        if self._chat_template is not None:
-            settings["chat_template"] = self._chat_template
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
         with Replacing(Path(folder)) as files:
             files.write("tokenizer.json", self._library.to_str().encode())
             write_json(files, "tokenizer_config.json", settings)
@@ -187,7 +237,7 @@ class JsonTokenizer(Tokenizer):
                 write_json(files, "generation_config.json", {"eos_token_id": list(self.stop_ids)})
 
 
-def _render(template: str, messages: Sequence[Message], special: Mapping[str, str]) -> str:
+def _render(template: str, messages: Sequence[Message], special: Mapping[str, str], answer: bool = True) -> str:
     """The conversation as text. Templates come with a checkpoint: they run in Jinja's sandbox and see only strings."""
     sandbox, errors = need("jinja2.sandbox"), need("jinja2.exceptions")
 
@@ -201,7 +251,7 @@ def _render(template: str, messages: Sequence[Message], special: Mapping[str, st
     environment.globals.update(raise_exception=raise_exception, strftime_now=_strftime_now)
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     try:
-        return environment.from_string(template).render(messages=plain, add_generation_prompt=True, **special)
+        return environment.from_string(template).render(messages=plain, add_generation_prompt=answer, **special)
     except errors.TemplateError as error:
         raise ValueError(f"these messages do not fit the tokenizer's chat template: {error}") from error
 
