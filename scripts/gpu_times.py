@@ -17,7 +17,8 @@ One run of `scripts/gpu_times.py` for each file: medians of `triton.testing.do_b
 heads. Attention counts the visible keys' products only, its backward 2.5 times the forward's. SDPA is torch's own,
 cuDNN or FlashAttention as it chooses. B2 where D is 64, else one sequence. `copy` and `gemm` are the machine's own
 limits in the same run. Short kernels wait for their launch from Python, Triton's more than CUDA C++'s: where both can
-run, norms, ring writes and decoding take CUDA C++ on a GPU. A CUDA graph (`mistral.graphed`) removes the wait.
+run, norms, ring writes and decoding take CUDA C++ on a GPU. A CUDA graph (`mistral.graphed`) removes the wait: rows
+"in a graph".
 """
 
 
@@ -51,6 +52,17 @@ def attention(record: Callable, sequence: int, window: int | None, dim: int, bat
         both(f"sdpa S{sequence}", heads_first, lambda: sdpa(*heads_first, is_causal=True, enable_gqa=True))
 
 
+def attention_curve(record: Callable) -> None:
+    """Each length once with SDPA beside it, once with a window; the backward where it fits and ends soon."""
+    for sequence in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
+        impls = ("triton", "cuda") if sequence <= 16384 else ("triton",)
+        attention(record, sequence, None, 128, 1, impls)
+        if sequence > 4096:
+            attention(record, sequence, 4096, 128, 1, impls)
+    for dim, batch in ((64, 2), (256, 1)):
+        attention(record, 4096, None, dim, batch, ("triton", "cuda"))
+
+
 def memory_bound(record: Callable) -> None:
     import torch
 
@@ -60,27 +72,36 @@ def memory_bound(record: Callable) -> None:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
     x, residual, weight, gate, up = tensors(16384, 4096), tensors(16384, 4096), tensors(4096), *tensors(2, 16384, 14336)
+    q, k, (cos, sin) = tensors(2, 8192, 32, 128), tensors(2, 8192, 8, 128), mk.rope_table(8192, 128, device="cuda")
     for impl in ("triton", "cuda"):
         ops = mk.using(impl=impl)
-        record(f"rms_norm {impl}", lambda ops=ops: ops.rms_norm(x, weight, 1e-5), 2 * x.nbytes, "GB")
-        record(f"add_rms_norm {impl}", lambda ops=ops: ops.add_rms_norm(x, residual, weight, 1e-5), 4 * x.nbytes, "GB")
-        record(f"swiglu {impl}", lambda ops=ops: ops.swiglu(gate, up), 3 * gate.nbytes, "GB")
+        work = {
+            "rms_norm": (lambda ops=ops: ops.rms_norm(x, weight, 1e-5), 2 * x.nbytes),
+            "add_rms_norm": (lambda ops=ops: ops.add_rms_norm(x, residual, weight, 1e-5), 4 * x.nbytes),
+            "swiglu": (lambda ops=ops: ops.swiglu(gate, up), 3 * gate.nbytes),
+            "rope": (lambda ops=ops: ops.rope(q, k, cos, sin), 2 * (q.nbytes + k.nbytes)),
+        }
+        for name, (call, amount) in work.items():
+            record(f"{name} {impl}", call, amount, "GB")
+            record(f"{name} {impl} in a graph", call, amount, "GB", graph=True)
     for batch in (1, 8, 64):
         q, k, v = tensors(batch, 1, 32, 128), tensors(batch, 4096, 8, 128), tensors(batch, 4096, 8, 128)
         lens = torch.full((batch,), 9000, device="cuda", dtype=torch.int32)
         for impl in ("triton", "cuda"):
             decode = mk.using(impl=impl).attention_cached
-            record(f"decode {impl} B{batch}", lambda f=decode: f(q, k, v, lens, 4096), k.nbytes * 2, "GB")  # noqa: B023
+            for graph in (False, True):
+                name = f"decode {impl} B{batch}" + " in a graph" * graph
+                record(name, lambda f=decode: f(q, k, v, lens, 4096), k.nbytes * 2, "GB", graph)  # noqa: B023
 
 
 def run(path: Path) -> None:
     import torch
-    from triton.testing import do_bench
+    from triton.testing import do_bench, do_bench_cudagraph
 
     found: dict[str, list] = {}
 
-    def record(name: str, work: Callable, amount: float, unit: str) -> None:
-        ms = do_bench(work, warmup=5, rep=25)
+    def record(name: str, work: Callable, amount: float, unit: str, graph: bool = False) -> None:
+        ms = do_bench_cudagraph(work, rep=25) if graph else do_bench(work, warmup=5, rep=25)
         found[name] = [round(ms, 4), round(amount / ms / (1e9 if unit == "TF" else 1e6), 1), unit]
         print(name, found[name], flush=True)
 
@@ -89,10 +110,7 @@ def run(path: Path) -> None:
     y = torch.empty_like(x)
     record("copy", lambda: y.copy_(x), 2 * x.nbytes, "GB")
     record("gemm", lambda: a @ a, 2 * 8192**3, "TF")
-    attention(record, 8192, None, 128, 1, ("triton", "cuda"))
-    attention(record, 16384, 4096, 128, 1, ("triton",))
-    attention(record, 16384, None, 128, 1, ("triton",))
-    attention(record, 4096, None, 64, 2, ("triton", "cuda"))
+    attention_curve(record)
     memory_bound(record)
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(found, indent=1))
