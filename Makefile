@@ -49,6 +49,10 @@ parity-docs: build ## docs/parity.md: what this machine can verify, beside what 
 ring-study: build $(STAMPS)/sample ## docs/ring_cache/: time and memory by position, int8 keys and values
 	$(BIN)/python -m bench.ring_study --out docs/ring_cache
 
+.PHONY: quant-study
+quant-study: build $(STAMPS)/sample ## quantised weights: accuracy, bytes, tokens a second; docs/quantization.md
+	$(BIN)/python -m bench.quant_study --out docs/quantization --page docs/quantization.md
+
 fuzz: build ## random shapes, strides, windows and lengths of every op, a thousand of each
 	TRITON_INTERPRET=1 MISTRAL_KERNELS_FUZZ=1000 $(BIN)/python -m pytest -q tests/test_fuzz.py
 

@@ -105,14 +105,14 @@ def peak_of(call: Any, device: str) -> int | None:
     reset = Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")  # the highest resident size starts anew from the present one
-        before = _status("VmRSS")
+        before = status("VmRSS")
         call()
-        return max(0, _status("VmHWM") - before)
+        return max(0, status("VmHWM") - before)
     except OSError:
         return None
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 

@@ -1,0 +1,175 @@
+"""How fast quantised layers and models are: against the bytes that memory can deliver, torch, and llama.cpp."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import mistral_kernels as mk
+from mistral.generate import generate
+from mistral.model import Transformer
+
+from . import timing
+from .limits import Limits
+
+N, K, MANY = 14336, 4096, 512
+COPIES = 4  # of a weight, taken in turn: together they lie in no cache
+LLAMA_TYPES = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
+
+
+# ---- one layer ----
+
+
+def _repeated(call: Callable[[Any], Any], sets: list[Any]) -> list[Callable[[], Any]]:
+    return [lambda s=s: call(s) for s in sets]  # type: ignore[misc]
+
+
+def _int8_by_torch(x: torch.Tensor, weights: list[mk.QuantizedWeight]) -> list[Callable[[], Any]]:
+    scale = [w.scale[:, 0].to(x.dtype) for w in weights]
+    pairs = list(zip(weights, scale, strict=True))
+    return _repeated(lambda pair: torch._weight_int8pack_mm(x, pair[0].codes, pair[1]), pairs)
+
+
+def single_row(quick: bool) -> dict[str, Any]:
+    """One row of x: the share of what the read probe reaches, and torch's own op. Rounds take turns."""
+    n, copies = (N // 4, 2) if quick else (N, COPIES)
+    x, limits = torch.randn(1, K).bfloat16(), Limits("cpu", quick)
+    read, amount = limits.call("read", torch.bfloat16), limits.amount("read")
+    found = {}
+    for name, scheme, group in (("int8", "int8", None), ("int4 g128", "int4", 128), ("nf4 g64", "nf4", 64)):
+        weights = [mk.quantize_weight(torch.randn(n, K), scheme, group) for _ in range(copies)]
+        calls: dict[str, Sequence[timing.Call]] = dict(
+            ours=_repeated(lambda w: mk.linear_quantized(x, w), weights), read=[read]
+        )
+        if name == "int8":
+            calls["torch._weight_int8pack_mm"] = _int8_by_torch(x, weights)
+        seen = timing.alternate(calls, timing.QUICK if quick else timing.FULL, timing.Stopwatch("cpu"))
+        share = [weights[0].nbytes / o / (amount / r) for o, r in zip(seen["ours"], seen["read"], strict=True)]
+        found[name] = dict(
+            seconds={k: vars(timing.spread(v)) for k, v in seen.items()},
+            bytes=weights[0].nbytes,
+            share_of_read=vars(timing.spread(share)),
+            against={k: vars(timing.ratios(seen["ours"], v)) for k, v in seen.items() if k.startswith("torch")},
+        )
+    return dict(shape=[1, n, K], rows=found)
+
+
+def many_rows(quick: bool) -> dict[str, Any]:
+    """W8A8 with bfloat16 in and out, against torch's product of codes alone and its bfloat16 product."""
+    m, n = (MANY // 2, N // 8) if quick else (MANY, N // 2)
+    x, weight = torch.randn(m, K).bfloat16(), torch.randn(n, K)
+    quantised, whole = mk.quantize_weight(weight, "w8a8"), weight.bfloat16()
+    codes = torch.randint(-127, 128, (m, K), dtype=torch.int8)
+    turned = quantised.codes.T
+    calls: dict[str, Sequence[timing.Call]] = {
+        "ours": [lambda: mk.linear_quantized(x, quantised)],
+        "torch._int_mm, codes only": [lambda: torch._int_mm(codes, turned)],
+        "F.linear, bfloat16": [lambda: torch.nn.functional.linear(x, whole)],
+    }
+    seen = timing.alternate(calls, timing.QUICK if quick else timing.FULL, timing.Stopwatch("cpu"))
+    return dict(
+        shape=[m, n, K],
+        seconds={k: vars(timing.spread(v)) for k, v in seen.items()},
+        operations=2.0 * m * n * K,
+        against={k: vars(timing.ratios(seen["ours"], v)) for k, v in seen.items() if k != "ours"},
+    )
+
+
+# ---- llama.cpp ----
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """llama.cpp writes to the process's own streams."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def files_by_llama_cpp(source: Path, folder: Path) -> tuple[dict[str, Path], str | None]:
+    """GGUF files in types that llama.cpp quantises to, their embedding in Q8_0; or the reason why there are none."""
+    if source.suffix != ".gguf":
+        return {}, "the model is no GGUF file"
+    try:
+        import llama_cpp
+    except ImportError as error:
+        return {}, f"{error}; pip install llama-cpp-python"
+    made = {}
+    for name, kind in LLAMA_TYPES.items():
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype, options.allow_requantize = getattr(llama_cpp, kind), True
+        options.output_tensor_type = options.token_embedding_type = 8  # Q8_0 in ggml's numbering
+        options.pure = True
+        target = folder / f"{name}.gguf"
+        with _silent():
+            failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), options)
+        if failed:
+            return {}, f"llama.cpp could not write {name} (error {failed})"
+        made[name] = target
+    return made, None
+
+
+class LlamaCpp:
+    """A GGUF file under llama.cpp, timed as our models are."""
+
+    def __init__(self, file: Path, context: int):
+        import llama_cpp
+
+        threads = torch.get_num_threads()
+        with _silent():
+            self.model = llama_cpp.Llama(
+                str(file), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+            )
+
+    def __call__(self, prompt: list[int], count: int) -> tuple[float, float]:
+        self.model.reset()
+        start = time.perf_counter()
+        self.model.eval(prompt)
+        middle = time.perf_counter()
+        for token in prompt[: count - 1]:
+            self.model.eval([token])
+        return middle - start, time.perf_counter() - middle
+
+
+# ---- whole models ----
+
+
+def _ours(model: Transformer, kv: torch.dtype | None) -> Callable[[list[int], int], tuple[float, float]]:
+    def run(prompt: list[int], count: int) -> tuple[float, float]:
+        done = generate(model, [prompt], count, kv_dtype=kv)
+        return done.prefill_seconds, done.decode_seconds
+
+    return run
+
+
+def whole_models(
+    models: dict[str, Transformer], files: dict[str, Path], prompt: list[int], count: int, rounds: int
+) -> dict[str, Any]:
+    """Tokens a second of prefill and of decoding; variants take turns, and each round begins with another."""
+    runs: dict[str, Any] = {name: _ours(model, None) for name, model in models.items()}
+    runs["bf16, int8 keys and values"] = _ours(models["bf16"], torch.int8)
+    runs |= {f"llama.cpp {name}": LlamaCpp(file, len(prompt) + count) for name, file in files.items()}
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            seconds = runs[name](prompt, count)
+            if i:  # the first round loads and warms
+                seen[name].append(seconds)
+    return {
+        name: dict(
+            prefill=vars(timing.spread([len(prompt) / a for a, _ in times])),
+            decode=vars(timing.spread([(count - 1) / b for _, b in times])),
+        )
+        for name, times in seen.items()
+    }
