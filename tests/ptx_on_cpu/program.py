@@ -112,7 +112,7 @@ def runtime() -> ctypes.CDLL:
     library.emu_finding.restype = library.emu_launch_kernel.restype = text
     library.emu_launch_counts.restype = ctypes.POINTER(ctypes.c_uint64)
     library.emu_set.argtypes = [text, ctypes.c_int]
-    library.emu_plant.argtypes = [ctypes.c_uint32, ctypes.c_int]
+    library.emu_plant.argtypes = [ctypes.c_uint32, ctypes.c_int, text]
     library.emu_planted.restype = ctypes.c_uint64
     library.emu_loader(_loader)
     return library
@@ -254,11 +254,12 @@ def option(name: str, value: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def planted(site: int, fault: str) -> Iterator[Callable[[], int]]:
-    """Makes the instruction at a site go wrong for a while: barriers, fences and copies `skip`, waits `wait_one_less`,
-    copies `whole_copy`, mma `swap`, matrix loads `flip`. Yields a function that says how often that happened."""
-    runtime().emu_plant(site, PLANTS.index(fault))
+def planted(site: int, fault: str, kernel: str = "") -> Iterator[Callable[[], int]]:
+    """Makes the instruction at a site of a kernel, or of any, go wrong for a while: barriers, fences and copies
+    `skip`, waits `wait_one_less`, copies `whole_copy`, mma `swap`, matrix loads `flip`. Yields a function that says how
+    often that happened."""
+    runtime().emu_plant(site, PLANTS.index(fault), kernel.encode())
     try:
         yield runtime().emu_planted
     finally:
-        runtime().emu_plant(0, 0)
+        runtime().emu_plant(0, 0, b"")

@@ -30,6 +30,8 @@ struct Loaded {
 };
 std::map<std::string, Loaded> loaded;
 EmuLoader loader;
+uint32_t asked_site;  // planted where this kernel runs, or any if it has no name
+std::string asked_kernel;
 struct Launch {
   std::string kernel;
   Counts counts;
@@ -173,6 +175,7 @@ int emu_launch(const char* name, EmuDim3 grid, EmuDim3 threads, void** args, siz
   dynamic_at =
       dynamic ? static_cast<uint32_t>((kernel->static_shared + 2 * align - 1) / (2 * align) * 2 * align + align) : 0;
   counts = Counts{};
+  planted_site = asked_kernel.empty() || asked_kernel == name ? asked_site : 0;
   run_grid(params, dynamic ? dynamic_at + dynamic : kernel->static_shared);
   launches.push_back({kernel->name, counts});
   return finding.empty() ? 0 : 2;
@@ -191,8 +194,8 @@ int emu_set(const char* option, int value) {
 }
 int emu_get(const char* option) { return options.count(option) ? options[option] : -1; }
 
-void emu_plant(uint32_t site, int what) {
-  planted_site = site;
+void emu_plant(uint32_t site, int what, const char* in) {
+  asked_site = site, asked_kernel = in;
   planted = static_cast<Plant>(what);
   planted_times = 0;
 }

@@ -43,7 +43,8 @@ EMU_API const char* emu_finding();
 // "strict_warpgroup", "strict_fence", "war_fence", "init_fence" (1: the stricter reading of a rule).
 EMU_API int emu_set(const char* option, int value);
 EMU_API int emu_get(const char* option);
-EMU_API void emu_plant(uint32_t site, int what);
+// In launches of this kernel, or of any where it is empty.
+EMU_API void emu_plant(uint32_t site, int what, const char* kernel);
 // How often the fault was met since it was planted.
 EMU_API uint64_t emu_planted();
 
