@@ -14,6 +14,7 @@ _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z0-9_.]+)")
 _NAMED = re.compile(r"(HGMMA|UTMALDG|WARPGROUP\.ARRIVE|HMMA|LDSM|LDGSTS|LDG|STG|LDL|STL|BAR)\b(\S*)")
+_HOPPER = re.compile(r"hopper_(forward|statistics|gradient)_kernel<[^,]*, (\d+)(?:, (\d))?>")
 _WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
 
 
@@ -71,6 +72,31 @@ def _sections(text: str, start: re.Pattern) -> list[tuple[str, str]]:
     return [(m[1], text[m.end() : n.start() if n else len(text)]) for m, n in itertools.zip_longest(found, found[1:])]
 
 
+def hopper_work(spec: str) -> dict[str, Any]:
+    """Warps of a block of an attention kernel for compute capability 9.0, and bytes and FLOPs of one launch; {} for
+    other kernels.
+
+    32 query heads over 8 key heads, a window of 4096: two sequences of 8192 tokens; with one warpgroup of consumers,
+    one query each of 64 sequences over full rings. 4 FLOPs a visible pair and column of two products, 10 of five.
+    """
+    from .families.attention import visible_pairs
+
+    found = _HOPPER.match(spec)
+    if found is None:
+        return {}
+    part, dim = found[1], int(found[2])
+    one = found[3] == "1"
+    batch, queries, pairs = (64, 1, 4096) if one else (2, 8192, visible_pairs(8192, 4096))
+    q, kv, rows = batch * queries * 32 * dim, batch * (4096 if one else queries) * 8 * dim, batch * queries * 32
+    flops = (10 if part == "gradient" else 4) * batch * 32 * dim * pairs
+    # Queries and out or its gradient, keys and values, lse or three statistics; dK and dV, and dQ summed in float32.
+    moved = 2 * (2 * q + 2 * kv) + 4 * rows * (1 if part == "forward" else 3)
+    if part == "gradient":
+        moved += 2 * 2 * kv + 4 * q
+    shape = f"B{batch} S{queries} W4096"
+    return dict(warps=8 if one else 12, shape=shape, work=dict(bytes=moved, flops=flops))
+
+
 def kernels(library: Path, wanted: Callable[[int], bool] = lambda capability: True) -> list[dict[str, Any]]:
     """Registers, stack, shared memory and instructions of every kernel and architecture in the library."""
     counts = {}
@@ -87,4 +113,5 @@ def kernels(library: Path, wanted: Callable[[int], bool] = lambda capability: Tr
             )
     names = _plain(sorted({function for _, function in found}))
     rows = [row | dict(spec=names[row["kernel"]]) for row in found.values() if wanted(row["capability"])]
+    rows = [row | hopper_work(row["spec"]) for row in rows]
     return sorted(rows, key=lambda row: (row["spec"], row["capability"]))

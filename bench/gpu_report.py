@@ -57,6 +57,8 @@ def cells(kernel: dict[str, Any]) -> tuple[str, ...]:
     name = f"{kernel['source']} {kernel['spec']}"
     if kernel["source"] == "Triton" and "kernel" in kernel:
         name += f": {kernel['kernel']}"
+    if "shape" in kernel:
+        name += f": {kernel['shape']}"
     if "registers" not in kernel:
         return (name, str(kernel["capability"]), "; ".join(kernel.get("problems", ["not compiled"])), *[""] * 8)
     count, needed = kernel["count"], kernel.get("work")

@@ -96,6 +96,20 @@ def test_instructions_are_told_apart(opcode, name):
     assert gpu_cuda.classify(opcode) == name
 
 
+def test_work_of_the_hopper_kernels():
+    """The gradients of B2 S8192 H32 D128 in a window of 4096 are five products of the visible pairs."""
+    pairs = 2 * 32 * visible_pairs(8192, 4096)
+    forward, gradient = (
+        gpu_cuda.hopper_work(f"hopper_{name}>") for name in ("forward_kernel<half, 128, 2", "gradient_kernel<half, 128")
+    )
+    assert forward["work"]["flops"] == 4 * 128 * pairs and gradient["work"]["flops"] == 10 * 128 * pairs
+    q, kv = 2 * 8192 * 32 * 128, 2 * 8192 * 8 * 128
+    assert forward["work"]["bytes"] == 2 * (2 * q + 2 * kv) + 4 * 2 * 8192 * 32
+    decode = gpu_cuda.hopper_work("hopper_forward_kernel<__nv_bfloat16, 64, 1>")
+    assert decode["work"]["bytes"] == pytest.approx(2 * 2 * 64 * 4096 * 8 * 64, rel=0.01) and decode["warps"] == 8
+    assert gpu_cuda.hopper_work("attention_kernel<__half, 128, true>") == {}
+
+
 def test_sections():
     import re
 
