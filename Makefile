@@ -22,6 +22,10 @@ test: build $(STAMPS)/sample ## every test
 test-slow: build $(STAMPS)/sample ## the long grids too
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q --slow
 
+.PHONY: test-hopper
+test-hopper: build ## the attention kernels for Hopper in the emulator: every shape, kind and planted fault
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q --slow tests/test_cuda_hopper*.py tests/test_ptx_sm90*.py
+
 finetune: build $(STAMPS)/sample ## LoRA, QLoRA and a small new model on Debian's documentation; the report goes to out/finetune/
 	PYTHONPATH=kernels:. $(BIN)/python scripts/debian_corpus.py out/corpus/debian.jsonl
 	PYTHONPATH=kernels:. $(BIN)/python scripts/finetune.py --out out/finetune
