@@ -43,10 +43,10 @@ class Quantized(nn.Module):
         # Kept while the buffers are the same ones: a decode step asks every projection, and making them takes longer
         # than its small products.
         made, now = self._made, self._buffers
-        if any(getattr(made, name) is not now[name] for name in PARTS):
-            parts = (self.codes, self.scale, self.offset)
-            self._made = made = QuantizedWeight(self.scheme, *parts, self.group, self.in_features)
-        return made
+        if made.codes is now["codes"] and made.scale is now["scale"] and made.offset is now["offset"]:
+            return made
+        self._made = QuantizedWeight(self.scheme, *(now[name] for name in PARTS), self.group, self.in_features)  # type: ignore[arg-type]
+        return self._made
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         scale, offset = self.scale, self.offset

@@ -190,22 +190,32 @@ MK_INLINE void add_piece(const Prepared& p, int64_t c, const uint8_t* const* cod
     }
 }
 
-// The last piece of a row, where less than a whole one is left: copied, so that nothing is read past the codes.
+// The last piece of a row, where less than a whole one is left. What follows in memory is multiplied by zeros; where
+// nothing follows the codes are copied, and scales are, since those of another row need not be finite.
 template <Codes kind, bool fixed, int per_piece, bool with_offset>
-__attribute__((noinline)) void add_rest(const QuantWeight& w, const Prepared& p, int64_t c, const uint8_t* const* codes,
-                                        const float* const* scale, const float* const* offset, vf* sums) {
+MK_INLINE void add_rest(const QuantWeight& w, const Prepared& p, int64_t c, const uint8_t* const* codes,
+                        const float* const* scale, const float* const* offset, vf* sums) {
   constexpr int bytes = Product<kind, fixed>::vectors * 4 * lanes;
-  uint8_t copied[together][bytes] = {};
-  float scales[2][together][per_piece] = {};
+  uint8_t copied[together][bytes];
+  float scales[2][together][4];
   const uint8_t* from[together];
   const float *by[together], *more[together];
   const int64_t row_bytes = kind == Codes::int8 ? w.k : (w.k + 31) / 32 * 16;
+  const uint8_t* const end = w.codes + (w.n - 1) * w.row + row_bytes;
   const int64_t at = w.group >= piece ? c * piece / w.group : c * per_piece, have = least(per_piece, w.groups - at);
   for (int r = 0; r < together; r++) {
-    __builtin_memcpy(copied[r], codes[r] + c * bytes, row_bytes - c * bytes);
-    __builtin_memcpy(scales[0][r], scale[r] + at, have * sizeof(float));
-    if (with_offset) __builtin_memcpy(scales[1][r], offset[r] + at, have * sizeof(float));
-    from[r] = copied[r], by[r] = scales[0][r], more[r] = scales[1][r];
+    from[r] = codes[r] + c * bytes, by[r] = scale[r] + at, more[r] = with_offset ? offset[r] + at : nullptr;
+    if (end - from[r] < bytes) {
+      __builtin_memset(copied[r], 0, bytes);
+      __builtin_memcpy(copied[r], from[r], row_bytes - c * bytes);
+      from[r] = copied[r];
+    }
+    if (per_piece == 1) continue;
+    for (int j = 0; j < per_piece; j++) {
+      scales[0][r][j] = j < have ? by[r][j] : 0.f;
+      if (with_offset) scales[1][r][j] = j < have ? more[r][j] : 0.f;
+    }
+    by[r] = scales[0][r], more[r] = scales[1][r];
   }
   add_piece<kind, fixed, per_piece, with_offset>(p, c, from, by, more, sums);
 }
