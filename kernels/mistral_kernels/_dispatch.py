@@ -292,9 +292,11 @@ def _function(op: Any, setup: Callable, backward: Callable) -> Any:
 def _call(op: Any, args: tuple, function: Any = None) -> Any:
     """Calls `op` past its registered autograd, which is Python: alone where nothing is differentiated, else as the
     `function` of the same formula. Tracing and torch.func see the registered one."""
+    if torch.compiler.is_compiling():
+        return op(*args)
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args)):
         raise NotImplementedError(f"{op}: forward-mode differentiation (jvp) is not there; impl='reference' has it")
-    if op._schema.is_mutable or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if op._schema.is_mutable or torch._C._are_functorch_transforms_active():
         return op(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return op(*args) if function is None else function.apply(*args)

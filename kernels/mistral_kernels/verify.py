@@ -143,11 +143,13 @@ def check_row(op: str, impl: str, dtype_name: str, device: str, run: Callable = 
 
 @contextlib.contextmanager
 def mapping(jobs: int) -> Iterator[Callable]:
-    """`map`, over so many processes; CUDA asks for fresh ones."""
+    """`map`, over so many processes of one thread each; CUDA asks for fresh ones."""
     if jobs == 1:
         yield map
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    import torch
+
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         yield pool.map
 
 
@@ -159,14 +161,12 @@ def verdict(row: Row) -> str:
     return "ok" if row.passed else "unable"
 
 
-def print_table(rows: list[Row]) -> None:
-    print(f"{'op':<21}{'impl':<11}{'dtype':<10}{'checks':>8}{'unable':>8}  {'worst':>6}  verdict   at")
-    for r in rows:
-        where = r.skipped or r.where
-        print(
-            f"{r.op:<21}{r.impl:<11}{r.dtype:<10}{r.passed + r.failed:>8}{r.unable:>8}  {r.worst:>6.2f}"
-            f"  {verdict(r):<9} {where}"
-        )
+def print_row(r: Row) -> None:
+    print(
+        f"{r.op:<21}{r.impl:<11}{r.dtype:<10}{r.passed + r.failed:>8}{r.unable:>8}  {r.worst:>6.2f}"
+        f"  {verdict(r):<9} {r.skipped or r.where}",
+        flush=True,
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -222,20 +222,18 @@ def main(argv: list[str] | None = None) -> int:
     impls = [i for i in options.impl or IMPLS if reasons[i] is None and not (i == "cpu" and device != "cpu")]
     grid = [(o, i, d) for o in options.op or ops for i in impls for d in options.dtype or DTYPE_NAMES]
     rows, start = [], time.perf_counter()
+    print(f"{'op':<21}{'impl':<11}{'dtype':<10}{'checks':>8}{'unable':>8}  {'worst':>6}  verdict   at")
     with mapping(options.jobs) as run:
-        waiting = [check_row(*what, device, run) for what in grid]
-        for n, judge in enumerate(waiting):
-            if sys.stderr.isatty():
-                print(f"\r  {n + 1} of {len(grid)}: {' '.join(grid[n])}" + " " * 20, end="\r", file=sys.stderr)
+        for judge in [check_row(*what, device, run) for what in grid]:
             rows.append(judge())
-    print_table(rows)
+            print_row(rows[-1])
+            if options.json:
+                write_json(options.json, facts, reasons, rows)
     failed, skipped = sum(r.failed for r in rows), sum(bool(r.skipped) for r in rows)
     passed, seconds = sum(r.passed for r in rows), time.perf_counter() - start
     print(
         f"{passed} checks of outputs and gradients passed, {failed} failed, {skipped} rows skipped, in {seconds:.0f} s"
     )
-    if options.json:
-        write_json(options.json, facts, reasons, rows)
     wanted = [i for i in options.impl or () if i not in impls]
     for impl in wanted:
         print(f"verify: impl {impl!r} was asked for and is not usable: {reasons[impl]}", file=sys.stderr)
