@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from mistral.evaluation.prefixes import SHARED, batches, tree
+from mistral.evaluation.prefixes import SHARED, Node, packs, tree
 from mistral.evaluation.scoring import Scorer
 from mistral.evaluation.until import Request, generate_until
 from mistral.generate import generate
@@ -51,7 +51,10 @@ def test_equals_every_sequence_alone(window, rows):
     net = tiny.model(sliding_window=window)
     asked = pairs()
     scorer = Scorer(net, rows=rows)
-    for (context, target), got in zip(asked, scorer(asked), strict=True):
+    done = []
+    scores = scorer(asked, done.append)
+    assert sum(done) == sum(bool(target) for _, target in asked)
+    for (context, target), got in zip(asked, scores, strict=True):
         wanted, greedy = alone(net, context, target)
         assert len(got.logprobs) == len(target)
         torch.testing.assert_close(torch.tensor(got.logprobs, dtype=torch.float64), wanted, atol=3e-5, rtol=0)
@@ -90,21 +93,34 @@ def test_what_repeats_runs_once():
     again = Scorer(net)
     again([([*context, i], [1, 2]) for i in range(5)])
     assert again.tokens_run == 50 + 5 * 2
+    # A long beginning runs once, however few rows of its length fit into a pass.
+    for settings in (dict(cells=60), dict(rows=1)):
+        small = Scorer(net, **settings)
+        small([([*context, i], [1, 2]) for i in range(5)])
+        assert small.tokens_run == 50 + 5 * 2
 
 
-def test_batches_cover_everything_within_their_limits():
+def test_the_tree_covers_everything():
     rng = random.Random(1)
     sequences = [[rng.randrange(3) for _ in range(rng.randint(1, 30))] for _ in range(200)]
+    sequences += [sequences[0] + [1] * n for n in range(0, 60, 7)]
+    nodes = tree(sequences, sorted(range(len(sequences)), key=sequences.__getitem__))
+    assert sorted(m for node in nodes for m in node.members) == list(range(len(sequences)))
+    for node in nodes:
+        check(node, sequences, 0)
+    assert sum(bool(node.children) for node in nodes) >= 3
+
+
+def test_packs_keep_their_limits():
+    rng = random.Random(2)
+    longest = [rng.randint(1, 50) for _ in range(100)]
+    nodes = [Node(0, n, [i]) for i, n in enumerate(longest)]
     for rows, cells in ((1, 10), (7, 100), (64, 2000)):
-        found = batches(sequences, rows, cells)
-        assert sorted(i for batch in found for i in batch) == list(range(200))
-        for batch in found:
-            distinct = {tuple(sequences[i]) for i in batch}
-            longest = max(map(len, distinct))
-            assert len(distinct) <= rows
-            assert len(distinct) == 1 or len(distinct) * longest <= cells
-            for node in tree(sequences, batch):
-                check(node, sequences, 0)
+        groups = packs(nodes, longest, rows, cells)
+        assert sorted(i for group in groups for i in group) == list(range(100))
+        for group in groups:
+            assert len(group) <= rows
+            assert len(group) == 1 or len(group) * max(longest[i] for i in group) <= cells
 
 
 def check(node, sequences, start):

@@ -38,7 +38,7 @@ class MistralLM(TemplateLM):
     Args:
         pretrained: a checkpoint's folder or file, "smollm2", or a `Transformer` that is loaded already.
         tokenizer: a file or folder, or a `Tokenizer`; needed with a loaded model, else the checkpoint's own.
-        ops, window, dtype, kv, adapter, merge: as in `Variant`. `peft` is another name of adapter.
+        ops, window, dtype, kv, weights, adapter, merge: as in `Variant`. `peft` is another name of adapter.
         device: where the model runs; None for CUDA where there is one, else the CPU. `lm_eval` says "cuda:0" where its
             user says nothing, so that too means the CPU where there is no CUDA, with a warning.
         batch_size: different contexts in one pass, each with all its continuations, and sequences that decode at a
@@ -62,6 +62,7 @@ class MistralLM(TemplateLM):
         window: str | int | None = "config",
         dtype: str | torch.dtype = "bfloat16",
         kv: str = "model",
+        weights: str = "model",
         adapter: str | None = None,
         merge: bool = False,
         device: str | None = None,
@@ -84,7 +85,7 @@ class MistralLM(TemplateLM):
             device = _device(device)
             dtype, adapter = str(dtype).removeprefix("torch."), adapter or peft
             own = None if tokenizer is None else str(tokenizer)
-            variant = loading.Variant(str(pretrained), own, ops, window, dtype, kv, adapter, merge, device)
+            variant = loading.Variant(str(pretrained), own, ops, window, dtype, kv, weights, adapter, merge, device)
             self.model, self.tok = variant.load()
             self.name = str(variant.path())
         self._device = self.model.device
@@ -220,6 +221,12 @@ class MistralLM(TemplateLM):
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._cut(before, after) for _, before, after in requests]
+        if cut := sum(len(kept) < len(before) for (kept, _), (_, before, _) in zip(pairs, requests, strict=True)):
+            warnings.warn(
+                f"{cut} of {len(pairs)} contexts lose their beginning: with the continuation they are longer than"
+                f" max_length, {self.max_length} tokens",
+                stacklevel=2,
+            )
         found = [(score.total, score.greedy) for score in self._scores(pairs, disable_tqdm)]
         for (key, _, _), answer in zip(requests, found, strict=True):
             if key is not None:
@@ -234,12 +241,6 @@ class MistralLM(TemplateLM):
                 " loglikelihood_rolling takes texts of any length"
             )
         too_many = len(before) + len(after) - (self.max_length + 1)
-        if too_many > 0:
-            warnings.warn(
-                f"contexts lose their beginning: max_length is {self.max_length} tokens, needed {len(before)} and"
-                f" {len(after)}",
-                stacklevel=2,
-            )
         return before[max(too_many, 0) :], after
 
     def _scores(self, pairs: list[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[scoring.Score]:

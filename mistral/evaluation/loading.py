@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import mistral_kernels
+from mistral_kernels.quant_linear.weights import SCHEMES, check_scheme
 
 from ..model import Transformer
 from ..samples import smollm2_path
@@ -30,8 +31,10 @@ class Variant:
         window: "config", "none" or a number of keys that a query sees.
         dtype: of the weights and activations.
         kv: "model", or "int8" for keys and values in codes.
+        weights: "model" as they are stored, but a GGUF file's in `dtype`; "codes" runs a GGUF file's codes; or int8,
+            w8a8, int4, nf4, which quantises when the model is loaded, "int4:64" with 64 inputs a scale.
         adapter: a folder with a LoRA adapter, of peft's format or Mistral's.
-        merge: adds the adapter to the weights first.
+        merge: adds the adapter to the weights first; where they are quantised, it always is.
         device: where it runs.
     """
 
@@ -41,6 +44,7 @@ class Variant:
     window: str | int | None = "config"
     dtype: str = "bfloat16"
     kv: str = "model"
+    weights: str = "model"
     adapter: str | None = None
     merge: bool = False
     device: str = "cpu"
@@ -50,6 +54,7 @@ class Variant:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
         kv_dtype(self.kv)
+        self.scheme()
         self.checked_window()
 
     def checked_window(self) -> int | str | None:
@@ -60,6 +65,18 @@ class Variant:
         if not text.isdigit() or int(text) < 1:
             raise ValueError(f"window is {self.window!r}; it must be 'config', 'none' or a number of at least 1")
         return int(text)
+
+    def scheme(self) -> tuple[str, int | None] | None:
+        """How the weights are quantised when they are loaded: scheme and group; None for not at all."""
+        name, _, group = self.weights.partition(":")
+        if name in ("model", "codes") and not group:
+            return None
+        if name not in SCHEMES or (group and not group.isdigit()):
+            known = ", ".join(("model", "codes", *SCHEMES))
+            raise ValueError(f"weights is {self.weights!r}; it must be one of {known}, or such as int4:64")
+        size = int(group) if group else None
+        check_scheme(name, size)
+        return name, size
 
     def path(self) -> Path:
         """Where the checkpoint lies.
@@ -92,12 +109,18 @@ class Variant:
             window=self.checked_window(),
             device=self.device,
             progress=False,
+            keep_codes=self.weights == "codes",
         )
         if self.adapter is not None:
             from ..adapters import load_adapter, merge_adapters
 
             model = load_adapter(model, self.adapter)
-            model = merge_adapters(model) if self.merge else model
+            model = merge_adapters(model) if self.merge or self.scheme() else model
+        scheme = self.scheme()
+        if scheme is not None:
+            from ..quantized import quantize_model
+
+            model = quantize_model(model, *scheme)
         return model, tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Which tokens of a batch of sequences are run once: a radix tree of their common prefixes, and batches made of it."""
+"""Which tokens of a batch of sequences are run once: a radix tree of their common prefixes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -58,36 +58,24 @@ def tree(sequences: Sequence[Sequence[int]], order: Sequence[int], start: int = 
     return found
 
 
-def batches(sequences: Sequence[Sequence[int]], rows: int, cells: int) -> list[list[int]]:
-    """Cuts sequences into batches, each in lexicographic order: those of a common prefix stay together.
-
-    Families of a common prefix are taken by length, the longest first, so that a batch wastes little of a cache.
+def packs(nodes: Sequence[Node], longest: Sequence[int], rows: int, cells: int) -> list[list[int]]:
+    """Cuts nodes into groups that run together, those of like length, the longest first.
 
     Args:
-        sequences: all, none empty.
-        rows: different sequences in a batch, at most.
-        cells: the most that different sequences times the longest may be; a batch has at least one sequence.
+        nodes: of one level.
+        longest: of each node, the length of the longest sequence that passes through it.
+        rows: nodes of a group, at most.
+        cells: the most that nodes times the longest may be; a group has at least one node.
+
+    Returns:
+        Indices of nodes.
     """
-    order = sorted(range(len(sequences)), key=lambda i: list(sequences[i]))
-    families: list[list[int]] = []
-    for i in order:
-        if families and common(sequences[families[-1][-1]], sequences[i]) >= min(SHARED, len(sequences[i])):
-            families[-1].append(i)
-        else:
-            families.append([i])
-    families.sort(key=lambda family: -max(len(sequences[i]) for i in family))
     found: list[list[int]] = []
-    distinct, longest = 0, 0
-    for i in [i for family in families for i in family]:
-        batch = found[-1] if found else []
-        new = not batch or sequences[batch[-1]] != sequences[i]
-        longer = max(longest, len(sequences[i]))
-        if not batch or (new and (distinct + 1 > rows or (distinct + 1) * longer > cells)):
-            found.append([i])
-            distinct, longest = 1, len(sequences[i])
+    for i in sorted(range(len(nodes)), key=lambda i: -longest[i]):
+        # The first of a group is its longest.
+        fits = found and len(found[-1]) < rows and (len(found[-1]) + 1) * longest[found[-1][0]] <= cells
+        if fits:
+            found[-1].append(i)
         else:
-            batch.append(i)
-            distinct, longest = distinct + new, longer
-    for batch in found:
-        batch.sort(key=lambda i: list(sequences[i]))
+            found.append([i])
     return found

@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations. Tokens that several sequences begin with run through the model once.
 
-The sequences of a batch make a tree of common prefixes (`prefixes.py`). It runs level by level, all runs of a level
-packed into one pass without padding; where a run forks, the rows of the ring cache are copied.
+The sequences make a tree of common prefixes (`prefixes.py`). Runs of tokens of one level that are about as long are
+packed into one pass, without padding; where a run forks, its row of the ring cache is copied, for some at a time.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ import torch
 
 from ..cache import RingCache
 from ..model import Transformer
-from .prefixes import Node, batches, tree
+from .prefixes import Node, packs, tree
 
-ROWS = 64  # different sequences in a pass
+ROWS = 64  # sequences in a pass
 CELLS = 16_384  # cache positions of a pass
 LOGIT_ROWS = 128  # positions whose logits are formed at a time: a vocabulary wide, they outgrow all else
 
@@ -39,13 +39,23 @@ class _Wanted:
     places: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass
+class _Work:
+    """All sequences of one call: what the model is fed, the tokens that the last positions predict, the answers."""
+
+    inputs: list[list[int]]
+    targets: list[list[int]]
+    on_done: Callable[[int], None] | None
+    scores: list[Score] = dataclasses.field(default_factory=list)
+
+
 class Scorer:
     """Scores continuations with one model.
 
     Args:
         model: it runs with its own ops, window and dtype; logits are taken in float32 (float64 in a float64 model).
         kv_dtype: None, or torch.int8 for keys and values in codes. A query then sees codes of all tokens.
-        rows: different sequences in a pass, at most.
+        rows: sequences in a pass, at most; what they share counts once.
         cells: the most cache positions of a pass; a longer sequence runs alone.
     """
 
@@ -67,7 +77,7 @@ class Scorer:
         Args:
             pairs: context and continuation, in tokens. The context has at least one token; an empty continuation has
                 log-likelihood 0.
-            on_done: called after each batch with the number of pairs that it scored.
+            on_done: called after each pass with the number of pairs that are done with it.
 
         Returns:
             One Score a pair, in order.
@@ -76,15 +86,12 @@ class Scorer:
             ValueError: an empty context; a token outside the vocabulary; more positions than the model has.
         """
         lists = [(list(context), list(target)) for context, target in pairs]
-        longest = self._check(lists)
-        self.model.reserve_positions(max(longest, 1))
+        self.model.reserve_positions(max(self._check(lists), 1))
         scores = [Score([0.0] * len(target), True) for _, target in lists]
         ids = [i for i, (_, target) in enumerate(lists) if target]
-        inputs = [(lists[i][0] + lists[i][1])[:-1] for i in ids]
-        for batch in batches(inputs, self.rows, self.cells):
-            self._batch([inputs[j] for j in batch], [lists[ids[j]][1] for j in batch], [scores[ids[j]] for j in batch])
-            if on_done is not None:
-                on_done(len(batch))
+        work = _Work([(lists[i][0] + lists[i][1])[:-1] for i in ids], [lists[i][1] for i in ids], on_done)
+        work.scores = [scores[i] for i in ids]
+        self._level(tree(work.inputs, sorted(range(len(ids)), key=work.inputs.__getitem__)), work)
         return scores
 
     def _check(self, pairs: Sequence[tuple[list[int], list[int]]]) -> int:
@@ -98,22 +105,26 @@ class Scorer:
             longest = max(longest, len(both) - 1)
         return longest
 
-    def _batch(self, inputs: list[list[int]], targets: list[list[int]], scores: list[Score]) -> None:
-        """Runs the tree of one batch; inputs are in lexicographic order."""
-        longest = max(map(len, inputs))
-        level, cache = tree(inputs, range(len(inputs))), None
-        if self.kv_dtype is None:
-            alone = [node for node in level if not node.children]
-            level = [node for node in level if node.children]
-            if alone:
-                self._score(self._whole(inputs, alone), alone, inputs, targets, scores)
-        while level:
-            if cache is None:
-                cache = self.model.cache(len(level), longest, kv_dtype=self.kv_dtype)
-            self._score(self._cached(inputs, level, cache), level, inputs, targets, scores)
-            parents = [row for row, node in enumerate(level) for _ in node.children]
-            level = [child for node in level for child in node.children]
-            cache = cache.fork(parents) if level else None
+    def _level(
+        self, nodes: list[Node], work: "_Work", cache: RingCache | None = None, parents: Sequence[int] = ()
+    ) -> None:
+        """Runs nodes and all below them; behind rows `parents` of the cache, or at the beginning of sequences."""
+        for kind in ([n for n in nodes if not n.children], [n for n in nodes if n.children]):
+            longest = [max(len(work.inputs[m]) for m in node.members) for node in kind]
+            row = {id(node): parent for node, parent in zip(nodes, parents, strict=False)}
+            for group in packs(kind, longest, self.rows, self.cells):
+                some = [kind[i] for i in group]
+                if cache is not None:
+                    mine = cache.fork([row[id(node)] for node in some])
+                elif some[0].children or self.kv_dtype is not None:
+                    mine = self.model.cache(len(some), longest[group[0]], kv_dtype=self.kv_dtype)
+                else:
+                    self._score(self._whole(work.inputs, some), some, work)
+                    continue
+                self._score(self._cached(work.inputs, some, mine), some, work)
+                below = [(child, at) for at, node in enumerate(some) for child in node.children]
+                if below:
+                    self._level([child for child, _ in below], work, mine, [at for _, at in below])
 
     def _whole(self, inputs: list[list[int]], nodes: list[Node]) -> torch.Tensor:
         """Hidden states `[T, N]` of sequences that share nothing, without a cache."""
@@ -130,27 +141,24 @@ class Scorer:
         lengths = [node.end - node.start for node in nodes]
         return self.model.hidden(tokens.to(self.model.device), cache=cache, lengths=lengths)
 
-    def _score(
-        self,
-        hidden: torch.Tensor,
-        nodes: list[Node],
-        inputs: list[list[int]],
-        targets: list[list[int]],
-        scores: list[Score],
-    ) -> None:
+    def _score(self, hidden: torch.Tensor, nodes: list[Node], work: "_Work") -> None:
         """Looks up the targets that the positions of these nodes predict."""
-        wanted, offset = _Wanted(), 0
+        wanted, offset, ended = _Wanted(), 0, 0
         for node in nodes:
             for member in node.members:
-                first = len(inputs[member]) - len(targets[member])
-                for at in range(max(node.start, first), min(node.end, len(inputs[member]))):
+                length = len(work.inputs[member])
+                first = length - len(work.targets[member])
+                for at in range(max(node.start, first), node.end):
                     wanted.rows.append(offset + at - node.start)
-                    wanted.tokens.append(targets[member][at - first])
+                    wanted.tokens.append(work.targets[member][at - first])
                     wanted.places.append((member, at - first))
+                ended += length == node.end
             offset += node.end - node.start
         for (member, at), (value, best) in zip(wanted.places, self._lookup(hidden, wanted), strict=True):
-            scores[member].logprobs[at] = value
-            scores[member].greedy &= bool(best)
+            work.scores[member].logprobs[at] = value
+            work.scores[member].greedy &= best
+        if work.on_done is not None:
+            work.on_done(ended)
 
     def _lookup(self, hidden: torch.Tensor, wanted: _Wanted) -> list[tuple[float, bool]]:
         """Log-probability of each wanted token, and whether it is the likeliest (the first of equals)."""
