@@ -45,7 +45,8 @@ class Quantized(nn.Module):
         made, now = self._made, self._buffers
         if made.codes is now["codes"] and made.scale is now["scale"] and made.offset is now["offset"]:
             return made
-        self._made = QuantizedWeight(self.scheme, *(now[name] for name in PARTS), self.group, self.in_features)  # type: ignore[arg-type]
+        parts = (self.codes, self.scale, self.offset)
+        self._made = QuantizedWeight(self.scheme, *parts, self.group, self.in_features)
         return self._made
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:

@@ -212,7 +212,13 @@ def test_bad_arguments(name):
         call()
 
 
-def test_empty():
-    none = mk.quantize_weight(torch.empty(0, 40))
-    assert mk.linear_quantized(X, none).shape == (2, 0)
-    assert mk.linear_quantized(torch.empty(0, 40), Q8).shape == (0, 3)
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_empty(scheme, impl):
+    """No outputs, no rows, and sums of nothing."""
+    none, some = mk.quantize_weight(torch.empty(0, 40), scheme), mk.quantize_weight(torch.ones(3, 40), scheme)
+    assert mk.linear_quantized(X, none, impl=impl).shape == (2, 0) and none.dequantize().shape == (0, 40)
+    assert mk.linear_quantized(torch.empty(0, 40), some, impl=impl).shape == (0, 3)
+    narrow = mk.quantize_weight(torch.empty(3, 0), scheme)
+    out = mk.linear_quantized(torch.empty(2, 0), narrow, torch.arange(3.0), impl=impl)
+    assert torch.equal(out, torch.arange(3.0).expand(2, 3)) and narrow.dequantize().shape == (3, 0)

@@ -47,11 +47,22 @@ def _fake(x, codes, *_):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+def _all_supported(*_):
+    return None
+
+
+def _triton_supports(x, codes, *_):
+    most = 1 << 17  # of which an int32 holds the sum of products
+    return None if codes.shape[1] <= most else f"its sums of int8 products hold {most} elements, and x has more"
+
+
 def _op(name: str, eager, weight_of, offset: str = "") -> Op:
     return Op(
         f"{name}(Tensor x, Tensor codes, Tensor scale,{offset} Tensor? bias, int group) -> Tensor",
         eager=eager,
         fake=_fake,
+        triton=f"quant_linear.triton_kernel:{name}",
+        triton_supports=_triton_supports if name == "linear_w8a8" else _all_supported,
         setup_context=_save,
         backward=_backward(weight_of),
     )

@@ -26,13 +26,13 @@ NF4 = (
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """`[N, K]` codes of 0 to 15 as `[N, 16 · ceil(K / 32)]` uint8; past K are zeros."""
     n, k = codes.shape
-    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -k % BLOCK)).view(n, -1, 2, BLOCK // 2)
+    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -k % BLOCK)).view(n, -(-k // BLOCK), 2, BLOCK // 2)
     return (padded[:, :, 0] | padded[:, :, 1] << 4).flatten(1)
 
 
 def unpack(packed: torch.Tensor, k: int) -> torch.Tensor:
     """The inverse of `pack`: `[N, K]` uint8."""
-    halves = packed.view(packed.shape[0], -1, BLOCK // 2)
+    halves = packed.reshape(packed.shape[0], -(-k // BLOCK), BLOCK // 2)
     return torch.stack((halves & 15, halves >> 4), 2).flatten(1)[:, :k]
 
 
