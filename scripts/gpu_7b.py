@@ -1,6 +1,6 @@
 """Mistral 7B's shape with random bfloat16 weights on one GPU: prefill, decoding, and a training step of four layers.
 
-python scripts/gpu_7b.py docs/gpu/H100_7b.json
+    python scripts/gpu_7b.py docs/gpu/H100_7b.json
 
 Prefill feeds chunks through the ring cache; a decoding step is one CUDA graph. `limit` is what reading the weights and
 the keys and values once would take at the copy bandwidth measured beside it. The training step is forward and backward
@@ -112,17 +112,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    found: dict[str, Any] = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__)
+    rows: dict[str, Any] = {}
+    facts = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__)
 
     def record(name: str, ms: float, **more: float) -> None:
-        found[name] = {k: round(v, 4) for k, v in dict(ms=ms, **more).items()}
-        print(name, found[name], flush=True)
+        rows[name] = {k: round(v, 4) for k, v in dict(ms=ms, **more).items()}
+        print(name, rows[name], flush=True)
         beside = options.out.with_suffix(".tmp")
-        beside.write_text(json.dumps(found, indent=1))
+        beside.write_text(json.dumps(facts | dict(rows=rows), indent=1))
         os.replace(beside, options.out)
 
     bandwidth, peak = copy_bandwidth(), gemm_rate()
-    found |= dict(copy_bytes_per_s=bandwidth, gemm_flops_per_s=peak)
+    facts |= dict(copy=f"{bandwidth / 1e9:.0f} GB/s", gemm=f"{peak / 1e12:.0f} TFLOP/s")
     model = build(32)
     for batch in (1, 8, 64):
         decode(model, record, batch, bandwidth)
@@ -135,7 +136,7 @@ def main() -> None:
             try:
                 train(record, ops, name, length, peak)
             except torch.cuda.OutOfMemoryError:
-                found[f"train step of 4 layers, {length} tokens, {name}"] = "out of memory"
+                rows[f"train step of 4 layers, {length} tokens, {name}"] = "out of memory"
             torch.cuda.empty_cache()
 
 

@@ -13,12 +13,15 @@ from typing import Any
 
 HEAD = """# Times on a GPU
 
-One run of `scripts/gpu_times.py` for each file: medians of `triton.testing.do_bench`, bfloat16, 32 query and 8 KV
+One run of `scripts/gpu_times.py` or, for the shape of Mistral 7B, `scripts/gpu_7b.py` (its `--help` says what its rows
+mean) for each file. Kernels: medians of `triton.testing.do_bench`, bfloat16, 32 query and 8 KV
 heads. Attention counts the visible keys' products only, its backward 2.5 times the forward's. SDPA is torch's own,
 cuDNN or FlashAttention as it chooses. B2 where D is 64, else one sequence. `copy` and `gemm` are the machine's own
-limits in the same run. Short kernels wait for their launch from Python, Triton's more than CUDA C++'s: where both can
-run, norms, ring writes and decoding take CUDA C++ on a GPU. A CUDA graph (`mistral.graphed`) removes the wait: rows
-"in a graph".
+limits in the same run. On compute capability 9.0 `cuda` forward and backward
+are the kernels with wgmma and TMA; the automatic choice there is `cuda` for the forward of 16-bit inputs with heads
+wider than 64 or at most 2048 queries, and `triton` else. Short kernels wait for their launch from Python, Triton's
+more than CUDA C++'s: where both can run, norms, ring writes and decoding take CUDA C++ on a GPU. A CUDA graph
+(`mistral.graphed`) removes the wait: rows "in a graph".
 """
 
 
@@ -72,7 +75,11 @@ def memory_bound(record: Callable) -> None:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
     x, residual, weight, gate, up = tensors(16384, 4096), tensors(16384, 4096), tensors(4096), *tensors(2, 16384, 14336)
-    q, k, (cos, sin) = tensors(2, 8192, 32, 128), tensors(2, 8192, 8, 128), mk.rope_table(8192, 128, device="cuda")
+    q, k, (cos, sin) = (
+        tensors(2, 8192, 32, 128),
+        tensors(2, 8192, 8, 128),
+        mk.rope_table(128, max_positions=8192, device="cuda"),
+    )
     for impl in ("triton", "cuda"):
         ops = mk.using(impl=impl)
         work = {
@@ -96,14 +103,19 @@ def memory_bound(record: Callable) -> None:
 
 def run(path: Path) -> None:
     import torch
+    import triton
     from triton.testing import do_bench, do_bench_cudagraph
 
     found: dict[str, list] = {}
+    facts = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
 
     def record(name: str, work: Callable, amount: float, unit: str, graph: bool = False) -> None:
         ms = do_bench_cudagraph(work, rep=25) if graph else do_bench(work, warmup=5, rep=25)
         found[name] = [round(ms, 4), round(amount / ms / (1e9 if unit == "TF" else 1e6), 1), unit]
         print(name, found[name], flush=True)
+        beside = path.with_suffix(".tmp")
+        beside.write_text(json.dumps(facts | dict(rows=found), indent=1))
+        os.replace(beside, path)
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     x = torch.empty(1 << 28, device="cuda", dtype=torch.bfloat16)
@@ -112,20 +124,30 @@ def run(path: Path) -> None:
     record("gemm", lambda: a @ a, 2 * 8192**3, "TF")
     attention_curve(record)
     memory_bound(record)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(found, indent=1))
-    os.replace(beside, path)
+
+
+def line(name: str, measured: Any) -> str:
+    if isinstance(measured, dict):
+        rest = ", ".join(f"{what.replace('_', ' ')} {value:g}" for what, value in measured.items() if what != "ms")
+        return f"| {name} | {measured['ms']:.3f} | {rest} |"
+    if isinstance(measured, str):
+        return f"| {name} | | {measured} |"
+    ms, rate, unit = measured
+    return f"| {name} | {ms:.3f} | {rate} {unit}/s |"
 
 
 def page(paths: list[Path]) -> str:
     parts = [HEAD]
     for path in paths:
         found: dict[str, Any] = json.loads(path.read_text())
-        rows = [f"| {name} | {ms:.3f} | {rate} {unit}/s |" for name, (ms, rate, unit) in found.items()]
-        parts.append(
-            "\n".join([f"## {path.stem.replace('_', ' ')}", "", "| what | ms | rate |", "|---|---|---|", *rows])
-        )
+        rows = [line(*row) for row in found["rows"].items()]
+        title = f"## {path.stem.replace('_', ' ')}"
+        parts.append("\n".join([title, "", about(found), "", "| what | ms | rate |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def about(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in found.items() if not isinstance(value, dict)) + "."
 
 
 if __name__ == "__main__":

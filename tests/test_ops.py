@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import pytest
 import torch
@@ -332,3 +333,21 @@ def test_few_rows_are_judged_together():
     ordinary = dataclasses.replace(sound[0], max_error=4.0, max_eager=3.0, max_budget=7.0)
     assert testing.pooled_max([lucky]) > 1 > testing.pooled_max([lucky, ordinary])
     assert testing.pooled_max([dataclasses.replace(lucky, rows=16), ordinary]) > 1
+
+
+@pytest.mark.parametrize(("dim", "queries", "dtype", "capability", "expected"), [
+    (128, 4096, torch.bfloat16, (9, 0), True),
+    (72, 1, torch.float16, (9, 0), True),
+    (64, 2048, torch.bfloat16, (9, 0), True),
+    (64, 2049, torch.bfloat16, (9, 0), False),
+    (128, 4096, torch.float32, (9, 0), False),
+    (128, 4096, torch.bfloat16, (8, 0), False),
+    (128, 4096, torch.bfloat16, (10, 0), False),
+])  # fmt: skip
+def test_where_attention_for_hopper_comes_first(monkeypatch, dim, queries, dtype, capability, expected):
+    module = sys.modules["mistral_kernels.attention"]  # the op took the folder's name in the package
+    module._is_hopper.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = torch.empty(1, queries, 1, dim, dtype=dtype, device="meta")
+    assert module.hopper_first(q, queries) is expected
+    module._is_hopper.cache_clear()

@@ -1,5 +1,6 @@
 """Sliding-window grouped-query attention, dense and packed."""
 
+import functools
 import itertools
 
 import torch
@@ -29,6 +30,17 @@ def cuda_supports(q, *_):
     if dim > MAX_CUDA_HEAD_DIM or dim % 8:
         return f"the head dimension is {dim}; it must be a multiple of 8 up to {MAX_CUDA_HEAD_DIM}"
     return None
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def hopper_first(q: torch.Tensor, max_q: int) -> bool:
+    """Whether CUDA C++, which has kernels of its own for compute capability 9.0, is faster than Triton (docs/gpu.md):
+    for wide heads, and for short sequences by its shorter launch."""
+    return q.dtype != torch.float32 and (q.shape[-1] > 64 or max_q <= 2048) and _is_hopper(q.device)
 
 
 _LENGTHS = "int window, float scale, bool causal, Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k"
@@ -62,6 +74,7 @@ _attention = Op(
     triton="attention.triton_forward:attention",
     triton_supports=_triton_supports,
     cuda=True,
+    cuda_first=lambda q, *rest: hopper_first(q, rest[-2]),
     cuda_supports=cuda_supports,
     flash="attention",
     setup_context=_save,

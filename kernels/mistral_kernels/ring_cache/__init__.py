@@ -18,7 +18,7 @@ import torch
 
 from .. import _checks
 from .._dispatch import Op, always
-from ..attention import MAX_TRITON_HEAD_DIM, check_cu_seqlens, check_heads, check_window, cuda_supports
+from ..attention import MAX_TRITON_HEAD_DIM, check_cu_seqlens, check_heads, check_window, cuda_supports, hopper_first
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
 from . import int8, reference
@@ -40,8 +40,8 @@ def _cuda_attends(*args):
     return cuda_supports(*args)
 
 
-def _decodes(*args):
-    return args[-2] <= 16
+def _cuda_first(q, *rest):
+    return rest[-2] <= 16 or hopper_first(q, rest[-2])
 
 
 _write_kv = Op(
@@ -70,7 +70,7 @@ _attention_cached = Op(
     triton="ring_cache.triton_attention:attention_cached",
     triton_supports=_triton_supports,
     cuda=True,
-    cuda_first=_decodes,
+    cuda_first=_cuda_first,
     cuda_supports=_cuda_attends,
     flash="attention_cached",
     flash_supports="supports_cached",
