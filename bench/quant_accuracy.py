@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 from mistral.model import Linear, Transformer
-from mistral.quantized import LINEARS, Quantized, quantize_model
+from mistral.quantized import LINEARS, quantize_model
 from mistral.weights import load_model
+from mistral_kernels.quant_linear import Quantized
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 # Scheme, group, offsets.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mistral_kernels.quant_linear import QuantizedLinear
+
 from .checkpoint import model_name, rotary_heads, stored_name, to_half_split, to_interleaved
 from .config import ModelConfig
 from .extras import need
@@ -55,6 +57,7 @@ def add_adapters(
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets), bias="none"
     )
+    config._register_custom_module({QuantizedLinear: peft.tuners.lora.Linear})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, adapter_name=NAME)
@@ -225,9 +228,9 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
 
 @torch.no_grad()
 def merged_weight(layer: Any) -> torch.Tensor:
-    """W + alpha/r · B A in float32; a 4-bit W is taken as it acts, dequantised."""
+    """W + alpha/r · B A in float32; a W of codes is taken as it acts, dequantised."""
     base = layer.get_base_layer()
-    weight = base.weight
+    weight = base.quantized.dequantize() if isinstance(base, QuantizedLinear) else base.weight
     if hasattr(weight, "quant_state"):
         weight = need("bitsandbytes.functional", "train").dequantize_4bit(weight.data, weight.quant_state)
     b, a = (getattr(layer, part)[NAME].weight for part in ("lora_B", "lora_A"))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mistral_kernels import QuantizedWeight, quantize_weight
+from mistral_kernels.quant_linear.modules import Quantized, QuantizedLinear
 
 from .model import WEIGHT_OF, Linear, Transformer
 
@@ -20,56 +21,6 @@ LINEARS = (
     *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 )
-PARTS = ("codes", "scale", "offset")
-
-
-class Quantized(nn.Module):
-    """A weight `[N, K]` as codes and scales, in buffers. `.to(dtype)` leaves the scales in float32."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    offset: torch.Tensor | None
-
-    def __init__(self, weight: QuantizedWeight):
-        super().__init__()
-        self.scheme, self.group = weight.scheme, weight.group
-        self.out_features, self.in_features = weight.shape
-        for name in PARTS:
-            self.register_buffer(name, getattr(weight, name))
-        self._made = weight
-
-    @property
-    def quantized(self) -> QuantizedWeight:
-        # Kept while the buffers are the same ones: a decode step asks every projection, and making them takes longer
-        # than its small products.
-        made, now = self._made, self._buffers
-        if made.codes is now["codes"] and made.scale is now["scale"] and made.offset is now["offset"]:
-            return made
-        parts = (self.codes, self.scale, self.offset)
-        self._made = QuantizedWeight(self.scheme, *parts, self.group, self.in_features)
-        return self._made
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
-        scale, offset = self.scale, self.offset
-        super()._apply(fn, recurse)
-        self.scale = scale.to(self.codes.device)
-        self.offset = None if offset is None else offset.to(self.codes.device)
-        return self
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.scheme}, group={self.group or self.in_features}"
-
-
-class QuantizedLinear(Quantized):
-    """A linear layer on codes. Gradients reach its input and its bias."""
-
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, ops: SimpleNamespace):
-        super().__init__(weight)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.ops = ops
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.linear_quantized(x, self.quantized, self.bias)
 
 
 WEIGHT_OF[QuantizedLinear] = lambda module: module.quantized
@@ -125,7 +76,7 @@ def put(model: Transformer, name: str, weight: QuantizedWeight, dtype: torch.dty
         new: nn.Module = QuantizedEmbedding(weight, dtype, model.ops)
     else:
         bias: Any = model.get_submodule(name).bias
-        new = QuantizedLinear(weight, None if bias is None else bias.detach(), model.ops)
+        new = QuantizedLinear(weight, None if bias is None else bias.detach(), model.ops.linear_quantized)
     setattr(model.get_submodule(parent), leaf, new)
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from mistral_kernels import QuantizedWeight
+from mistral_kernels.quant_linear.modules import PARTS
 from mistral_kernels.quant_linear.weights import SCHEMES, groups_of
 
 from .checkpoint import expected_shapes
 from .config import ModelConfig
 from .extras import need
 from .model import Transformer
-from .quantized import PARTS, put
+from .quantized import put
 from .safetensors_file import KINDS, read_json
 
 FILE = "quantized.safetensors"

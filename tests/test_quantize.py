@@ -15,10 +15,11 @@ import mistral_kernels as mk
 from mistral import generate as generation
 from mistral import quantize, weights
 from mistral.generate import generate
-from mistral.quantized import Quantized, QuantizedEmbedding, QuantizedLinear, quantize_model, quantized_names
+from mistral.quantized import QuantizedEmbedding, quantize_model, quantized_names
 from mistral.quantized_file import FILE
 from mistral.samples import smollm2_path
 from mistral_kernels import reference, testing
+from mistral_kernels.quant_linear import Quantized, QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 load = partial(weights.load_model, dtype=torch.float32, progress=False)
@@ -110,7 +111,7 @@ def test_one_quantised_layer_among_others():
     net = tiny.model()
     wanted = logits(net, tiny.tokens(1, 9))
     made = mk.quantize_weight(net.layers[1].feed_forward.w2.weight.detach(), "int8", 32)
-    net.layers[1].feed_forward.w2 = QuantizedLinear(made, None, net.ops)
+    net.layers[1].feed_forward.w2 = QuantizedLinear(made, None)
     together, alone = (run(net, CHUNKS, one) for one in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
     assert 0 < (logits(net, tiny.tokens(1, 9)) - wanted).abs().max() < 0.1 * wanted.abs().max()

@@ -14,6 +14,7 @@ from .quant_linear import (
     linear_int8,
     linear_nf4,
     linear_quantized,
+    quantize_,
     quantize_weight,
 )
 from .ring_cache import attention_cached, rope_write_kv, write_kv
@@ -36,6 +37,7 @@ __all__ = [
     "linear_nf4",
     "linear_quantized",
     "patch",
+    "quantize_",
     "quantize_weight",
     "reference",
     "register_attention",

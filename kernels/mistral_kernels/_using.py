@@ -21,7 +21,7 @@ OPS = (
     *(swiglu, swiglu_packed, write_kv),
     *(linear_int4, linear_int8, linear_nf4, linear_quantized),
 )
-FREE = (linear, linear_int4, linear_int8, linear_nf4, linear_quantized)
+IN_TRITON = (linear_int4, linear_int8, linear_nf4, linear_quantized)
 
 
 def using(impl: str | None = None) -> SimpleNamespace:
@@ -43,7 +43,8 @@ def using(impl: str | None = None) -> SimpleNamespace:
     check_impl(impl)
 
     def bind(op: Callable) -> Callable:
-        chosen = None if op in FREE and impl not in WITHOUT_GPU else impl
+        free = op is linear or (op in IN_TRITON and impl != "triton")
+        chosen = None if free and impl not in WITHOUT_GPU else impl
         return functools.update_wrapper(functools.partial(op, impl=chosen), op)
 
     ops: dict[str, Callable | None] = {op.__name__: bind(op) for op in OPS}

@@ -5,9 +5,23 @@ import torch
 from .. import _checks
 from .._dispatch import Op
 from . import reference
+from .modules import Quantized, QuantizedLinear, quantize_
+from .torchao_tensors import from_torchao, to_torchao
 from .weights import GROUPS, QuantizedWeight, groups_of, quantize_weight
 
-__all__ = ["QuantizedWeight", "linear_int4", "linear_int8", "linear_nf4", "linear_quantized", "quantize_weight"]
+__all__ = [
+    "Quantized",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "from_torchao",
+    "linear_int4",
+    "linear_int8",
+    "linear_nf4",
+    "linear_quantized",
+    "quantize_",
+    "quantize_weight",
+    "to_torchao",
+]
 
 
 def _save(ctx, inputs, output):
