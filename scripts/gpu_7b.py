@@ -116,8 +116,11 @@ def main() -> None:
     facts = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__)
 
     def record(name: str, ms: float, **more: float) -> None:
-        rows[name] = {k: round(v, 4) for k, v in dict(ms=ms, **more).items()}
-        print(name, rows[name], flush=True)
+        put(name, {k: round(v, 4) for k, v in dict(ms=ms, **more).items()})
+
+    def put(name: str, value: Any) -> None:
+        rows[name] = value
+        print(name, value, flush=True)
         beside = options.out.with_suffix(".tmp")
         beside.write_text(json.dumps(facts | dict(rows=rows), indent=1))
         os.replace(beside, options.out)
@@ -136,7 +139,7 @@ def main() -> None:
             try:
                 train(record, ops, name, length, peak)
             except torch.cuda.OutOfMemoryError:
-                rows[f"train step of 4 layers, {length} tokens, {name}"] = "out of memory"
+                put(f"train step of 4 layers, {length} tokens, {name}", "out of memory")
             torch.cuda.empty_cache()
 
 
