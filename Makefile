@@ -80,6 +80,11 @@ HF_TESTS := tests/test_patch.py tests/test_patch_cache.py tests/test_patch_habit
 
 # Options for the demonstration: make hf-demo HF_DEMO=--quick
 HF_DEMO :=
+.PHONY: eval-study
+eval-study: build $(STAMPS)/sample ## SmolLM2 under lm-evaluation-harness, in every way that it can be run; docs/evaluation.md
+	-PYTHONPATH=kernels:. $(BIN)/python scripts/debian_corpus.py out/corpus/debian.jsonl
+	$(BIN)/python -m bench.eval_study --out out/evaluation --results docs/evaluation --page docs/evaluation.md
+
 .PHONY: hf-demo
 hf-demo: build $(STAMPS)/sample ## a real model under transformers with and without the patch; docs/huggingface.md
 	$(BIN)/python -m bench.hf_study --out docs/huggingface --page docs/huggingface.md $(HF_DEMO)
