@@ -95,12 +95,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     run = {name: v for name, v in result["variants"].items() if "failed" not in v}
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), width_ratios=(3, 2, 2))
     places = range(len(run))
-    for task in dict.fromkeys(t for v in run.values() for t in v["tasks"]):
+    for i, task in enumerate(dict.fromkeys(t for v in run.values() for t in v["tasks"])):
         rows = [v["tasks"][task] for v in run.values()]
         errors = [100 * (row["stderr"] or 0) for row in rows]
         label = task.removeprefix("local_") + ("" if TASKS[task][1] is None else f" (chance {TASKS[task][1]:.0%})")
         shares = [100 * row["value"] for row in rows]
-        axes[0].errorbar(places, shares, errors, marker="o", capsize=2, linestyle="none", label=label)
+        beside = [at + 0.12 * (i - 2) for at in places]  # so that error bars do not cover each other
+        axes[0].errorbar(beside, shares, errors, marker="o", capsize=2, linestyle="none", label=label)
     axes[0].set_ylabel("% right")
     for text in dict.fromkeys(t for v in run.values() for t in v["perplexity"]):
         axes[1].plot(places, [v["perplexity"][text] for v in run.values()], "o", label=text)

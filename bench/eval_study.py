@@ -32,6 +32,7 @@ WINDOWS = (128, 256, 512, 1024, 2048)
 CHOICE_TASKS = ("local_endings", "local_words", "local_order", "local_recall", "local_cloze")
 HELD_OUT = 20  # every so many passages of the corpus stay out of the training
 TOLERANCE = 1e-3
+FLOAT32 = "float32"  # the folder of the model as Hugging Face reads it
 
 
 def variants(adapter: Path | None) -> dict[str, dict[str, Any]]:
@@ -75,7 +76,7 @@ def against_harness(options: argparse.Namespace, tasks: Path) -> dict[str, Any]:
 
     from mistral.evaluation.harness import MistralLM
 
-    folder = options.out / "float32"
+    folder = options.out / FLOAT32
     load_tokenizer(smollm2_path()).save(folder)  # type: ignore[attr-defined]
     save_hf(load_model(smollm2_path(), dtype=torch.float32, progress=False), folder, progress=False)
     both = {
@@ -134,12 +135,16 @@ def make_adapter(options: argparse.Namespace) -> tuple[Path | None, list[str], s
     return folder / "adapter", held, None
 
 
-def one_variant(settings: dict[str, Any], tasks: dict[str, Any], texts: dict[str, list[int]], samples: int) -> dict:
-    """Accuracies and perplexities of one way to run the model."""
+def one_variant(
+    folder: Path, settings: dict[str, Any], tasks: dict[str, Any], texts: dict[str, list[int]], samples: int
+) -> dict[str, Any]:
+    """Accuracies and perplexities of one way to run the model, read from `folder` (the same weights in float32)."""
     from mistral.evaluation.harness import MistralLM
 
     started = time.perf_counter()
-    model, tokenizer = loading.Variant(loading.SAMPLE, **settings).load()
+    # Only the file itself has codes; to read it takes seconds, because it is dequantised in NumPy.
+    source = loading.SAMPLE if settings.get("weights") == "codes" else str(folder)
+    model, tokenizer = loading.Variant(source, **settings).load()
     lm = MistralLM(model, tokenizer, kv=settings.get("kv", "model"))
     found: dict[str, Any] = dict(settings=settings, tasks={}, perplexity={})
     for name, made in tasks.items():
@@ -165,7 +170,7 @@ def all_variants(options: argparse.Namespace, tasks: Path) -> Iterator[tuple[str
         raise ValueError(f"tasks cannot be loaded: {failed}")
     for name, settings in variants(adapter).items():
         try:
-            yield name, one_variant(settings, loaded, texts, options.samples)
+            yield name, one_variant(options.out / FLOAT32, settings, loaded, texts, options.samples)
         except (ValueError, NotImplementedError, ModuleNotFoundError) as error:
             yield name, dict(failed=str(error))
         gc.collect()
@@ -173,7 +178,7 @@ def all_variants(options: argparse.Namespace, tasks: Path) -> Iterator[tuple[str
 
 def perplexities(options: argparse.Namespace) -> list[dict[str, Any]]:
     """By length and window, in bfloat16."""
-    model, tokenizer = loading.Variant(loading.SAMPLE).load()
+    model, tokenizer = loading.Variant(str(options.out / FLOAT32)).load()
     tokens = tokenizer.encode(local.read_text([]), bos=False)[: options.table_tokens]
     start = tokenizer.special("bos_token")
     rows = perplexity.by_length_and_window(
@@ -192,13 +197,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--results", type=Path, help="folder of evaluation.json and evaluation.png (default: --out)")
     add("--page", type=Path, help="a Markdown page whose marked part is replaced by the tables")
     add("--corpus", type=Path, default=Path("out/corpus/debian.jsonl"), help="for LoRA (scripts/debian_corpus.py)")
-    add("--samples", type=int, default=80, help="questions of each task and variant (default: 80)")
-    add("--compared", type=int, default=24, help="questions of each task for both classes (default: 24)")
-    add("--rounds", type=int, default=2, help="timed rounds of both classes, in turn (default: 2)")
+    add("--samples", type=int, default=60, help="questions of each task and variant (default: 60)")
+    add("--compared", type=int, default=20, help="questions of each task for both classes (default: 20)")
+    add("--rounds", type=int, default=1, help="timed rounds of both classes, in turn (default: 1)")
     add("--tokens", type=int, default=4096, help="of each text for a variant's perplexity (default: 4096)")
-    add("--table-tokens", type=int, default=8192, help="of the table by length and window (default: 8192)")
+    add("--table-tokens", type=int, default=4096, help="of the table by length and window (default: 4096)")
     add("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
-    add("--steps", type=int, default=20, help="of LoRA, 2048 tokens each (default: 20)")
+    add("--steps", type=int, default=16, help="of LoRA, 2048 tokens each (default: 16)")
     add("--quick", action="store_true", help="a few questions of each, to see that it runs; no figures to keep")
     options = parser.parse_args(argv)
     if options.quick:

@@ -141,6 +141,25 @@ def test_weights_are_quantised_when_they_are_loaded(folder):
             Variant(str(folder), weights=wrong)
 
 
+def test_an_adapter_reaches_the_model(folder, tmp_path):
+    pytest.importorskip("peft")
+    from mistral.adapters import adapter_state, add_adapters, save_adapter
+
+    model, tok = Variant(str(folder), dtype="float32").load()
+    pair = [(tok.encode("The value of the"), tok.encode(" name is"))]
+    plain = Scorer(model)(pair)[0].total
+    tuned = add_adapters(model, rank=4, alpha=8, targets=["wq", "w2"])
+    state = adapter_state(tuned)
+    for name, tensor in state.items():
+        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2)
+    save_adapter(state, tmp_path, model.config, 4, 8)
+    wanted = Scorer(tuned)(pair)[0].total
+    assert abs(wanted - plain) > 1e-2
+    for merge in (False, True):
+        lm = MistralLM(str(folder), dtype="float32", merge=merge, **{"adapter" if merge else "peft": str(tmp_path)})
+        assert lm.scorer(pair)[0].total == pytest.approx(wanted, abs=1e-4)
+
+
 # ---- the command ----
 
 
