@@ -44,9 +44,7 @@ def test_the_page_has_every_figure_and_every_reason(tmp_path):
     page.write_text("no place")
     with pytest.raises(ValueError, match="evaluation study begins"):
         eval_report.check_page(page)
-    page.write_text(
-        report.placed("<!-- evaluation study begins -->\n<!-- evaluation study ends -->", eval_report.MARK, "")
-    )
+    page.write_text("before\n<!-- evaluation study begins -->\nold\n<!-- evaluation study ends -->\nafter")
     eval_report.write_page(page, text)
     written = page.read_text()
     assert text in written and "old" not in written and written.startswith("before") and written.endswith("after")
