@@ -293,29 +293,51 @@ void run(const QuantWeight& w, const QuantRows& rows, const QuantShare& share) {
 
 // ---- the weight itself, for torch's matrix product ----
 
-template <class T>
-void dequantise(const QuantWeight& w, int64_t row, void* to) {
+// 32 elements, of which `count` are there.
+template <Codes kind, class T>
+MK_INLINE void dequantise_block(const uint8_t* bytes, float scale, float offset, int64_t count, T* to) {
+  for (int i = 0; i < 32; i += lanes) {
+    vf v;
+    if constexpr (kind == Codes::int8) {
+      v = to_float((vi)bytes_at(bytes + i) << 24 >> 24) * scale;
+    } else {
+      const vu code = bytes_at(bytes + i % 16) >> (i < 16 ? 0 : 4);
+      v = lookup(kind == Codes::int4 ? int4_table : nf4_table, code) * scale;
+      if constexpr (kind == Codes::int4) v += offset;
+    }
+    if (i + lanes <= count)
+      store(to + i, v);
+    else if (i < count)
+      store_n(to + i, v, count - i);
+  }
+}
+
+template <Codes kind, class T>
+void dequantise_row(const QuantWeight& w, int64_t row, T* to) {
   const uint8_t* codes = w.codes + row * w.row;
   const float *scale = w.scale + row * w.groups, *offset = w.offset ? w.offset + row * w.groups : nullptr;
-  float values[32];
-  for (int64_t k = 0; k < w.k; k += 32) {
+  constexpr int bytes = kind == Codes::int8 ? 32 : 16;
+  for (int64_t k = 0; k < w.k; k += 32, codes += bytes) {
     const int64_t g = k / w.group, count = least(32, w.k - k);
-    uint8_t bytes[32] = {};
-    __builtin_memcpy(bytes, w.kind == Codes::int8 ? codes + k : codes + k / 2,
-                     w.kind == Codes::int8 ? count : int64_t{16});
-    for (int i = 0; i < 32; i += lanes) {
-      vf v;
-      if (w.kind == Codes::int8) {
-        v = to_float((vi)bytes_at(bytes + i) << 24 >> 24) * scale[g];
-      } else {
-        const vu code = bytes_at(bytes + i % 16) >> (i < 16 ? 0 : 4);
-        v = lookup(w.kind == Codes::int4 ? int4_table : nf4_table, code) * scale[g];
-        if (offset) v += offset[g];
-      }
-      store(values + i, v);
+    const float zero = offset ? offset[g] : 0.f;
+    if (count == 32 || kind != Codes::int8) {
+      dequantise_block<kind, T>(codes, scale[g], zero, count, to + k);
+    } else {
+      uint8_t copied[32] = {};
+      __builtin_memcpy(copied, codes, count);
+      dequantise_block<kind, T>(copied, scale[g], zero, count, to + k);
     }
-    for (int64_t i = 0; i < count; i += lanes) store_n((T*)to + k + i, load(values + i), least(lanes, count - i));
   }
+}
+
+template <class T>
+void dequantise(const QuantWeight& w, int64_t row, void* to) {
+  if (w.kind == Codes::int8)
+    dequantise_row<Codes::int8>(w, row, (T*)to);
+  else if (w.kind == Codes::int4)
+    dequantise_row<Codes::int4>(w, row, (T*)to);
+  else
+    dequantise_row<Codes::nf4>(w, row, (T*)to);
 }
 
 }  // namespace
