@@ -177,7 +177,8 @@ def decode(which: str) -> Found:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
     for batch, queries in itertools.product((1, 8, 64), (1, 8)):
-        q, k, v = tensors(batch, queries, 32, 128), *tensors(2, batch, 4096, 8, 128)
+        slots = 4096 + (queries - 1)
+        q, k, v = tensors(batch, queries, 32, 128), *tensors(2, batch, slots, 8, 128)
         lens = torch.full((batch,), 9000, device="cuda", dtype=torch.int32)
         impl = "triton" if which == "triton" else "cuda"
         call = lambda q=q, k=k, v=v, n=lens, i=impl: mk.attention_cached(q, k, v, n, 4096, impl=i)  # noqa: E731

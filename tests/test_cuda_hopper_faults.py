@@ -102,6 +102,7 @@ INSTRUCTIONS = {
     r"^mbarrier\.try_wait": "bulk copy is still writing|race|beyond its count|uninitialised",
     r"^mbarrier\.arrive": "deadlock|bytes due",
     r"^cp\.async\.bulk\.tensor": "deadlock|race|uninitialised",
+    r"^cp\.reduce\.async\.bulk|^cp\.async\.bulk\.(commit|wait)": "race|ends before its bulk copy|another result",
     r"^bar\.(sync|arrive)": "race|deadlock|arrivals left|block ends with|synchronisation",
     r"^bar\.warp\.sync": "race",
     r"^wgmma\.fence": "wgmma.fence",
@@ -114,9 +115,10 @@ SILENT = {
     "hopper_forward_kernel": {"wgmma.fence": 1, "setmaxnreg.inc": 1},
     # No row of 64 is ever left free.
     "hopper_statistics_kernel": {"fence.proxy": 1, "setmaxnreg.inc": 1},
-    # The next commit takes the batch along; that fence is the assembler's wish; these barriers order the adding up of
-    # different blocks, which run one after the other here.
-    "hopper_gradient_kernel": {"wgmma.commit_group": 1, "wgmma.fence": 1, "bar.sync": 2, "setmaxnreg.inc": 1},
+    # The next commit takes the batch along; that fence is the assembler's wish; the proxy fences and the second wait
+    # order the adding up of different blocks, which run one after the other here.
+    "hopper_gradient_kernel": {"wgmma.commit_group": 1, "wgmma.fence": 1, "fence.proxy": 2, "cp.async": 1}
+    | {"setmaxnreg.inc": 1},
 }
 
 

@@ -53,7 +53,7 @@ int hopper_attention_backward(const AttentionBackward& a, cudaStream_t stream) {
   f.dlse = a.dlse, f.statistics = a.statistics;
   b.q = f.q, b.k = f.k, b.v = f.v, b.dout = f.dout, b.a = a;
   b.sums = a.scratch, b.turns = reinterpret_cast<int*>(a.scratch + sums(a));
-  status = cudaMemsetAsync(b.turns, 0, 2 * slots(a) * sizeof(int), stream);
+  status = cudaMemsetAsync(a.scratch, 0, hopper_scratch(a) * sizeof(float), stream);
   if (status) return status;
   return a.dtype == static_cast<int>(Dtype::bf16) ? hopper_backward_bf16(f, b, stream)
                                                   : hopper_backward_f16(f, b, stream);

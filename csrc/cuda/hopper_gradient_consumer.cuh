@@ -10,13 +10,14 @@ template <class T, int D>
 struct GradientConsumer {
   using Shared = GradientShared<D>;
   static constexpr int panels = Shared::panels, n = gradient_queries / 2;
-  static constexpr int all_consumers = 1, own_warpgroup = 2;  // named barriers
+  static constexpr int all_consumers = 1;  // a named barrier
 
   const HopperBackward& b;
   const GradientWork& w;
   Shared shared;
   int consumer;
   Stage<Shared::stages> stage;
+  uint32_t sums_parity = 0;
   float dk[D / 2] = {}, dv[D / 2] = {}, p[n], dp[n];
   uint32_t operand[n / 2], operand_of_dk[n / 2];
 
@@ -97,25 +98,17 @@ struct GradientConsumer {
                                           advance(y, k * 16 * panel_row_bytes), k > 0);
     commit_products();
   }
-  __device__ __forceinline__ void add_in_turn(int step, int panel) {
-    const int64_t slot = w.plan.slot(b.a, w.sequence, w.tile(step)) * b.a.heads + w.head(step);
-    const int turn = w.plan.last_block(w.tile(step)) - w.block, thread = threadIdx.x % 128;
-    int* flag = b.turns + slot * 2 + panel;
-    float* to = b.sums + ((slot * panels + panel) * n) * 128 + thread;
-    if (thread == 0 && turn)
-      while (load_flag(flag) != turn) {
-      }
-    sync_named(own_warpgroup + consumer, 128);
+  // The share goes to who adds it up, in the order of the threads.
+  __device__ __forceinline__ void hand_over() {
+    wait(shared.sums_empty(consumer), sums_parity ^ 1);
+    sums_parity ^= 1;
 #pragma unroll
-    for (int i = 0; i < n; i++) {
-      if (turn)
-        atomicAdd(to + i * 128, dp[i]);
-      else
-        to[i * 128] = dp[i];
-    }
-    __threadfence();
-    sync_named(own_warpgroup + consumer, 128);
-    if (thread == 0) raise_flag(flag);
+    for (int i = 0; i < n; i += 4)
+      store_shared(shared.sums(consumer) + (i / 4 * 128 + threadIdx.x % 128) * 16, dp[i], dp[i + 1], dp[i + 2],
+                   dp[i + 3]);
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(shared.sums_full(consumer));
   }
 
   __device__ __forceinline__ void step(int step) {
@@ -143,19 +136,17 @@ struct GradientConsumer {
     hold(dk);
     fence_products();
     add_to_keys(dk, operand_of_dk, queries);
-    // Of D 64 the warpgroups take a tile in turns.
-    const int panel = panels == 2 ? consumer : 0;
-    const bool mine = panels == 2 || (step & 1) == consumer;
+    const bool mine = w.adds(panels, consumer, step);
     if (mine) {
       if (panels == 1) fence_products();  // the assembler wants one behind a branch
-      multiply_queries(exchange, panel);
+      multiply_queries(exchange, panels == 2 ? consumer : 0);
     }
     wait_products<0>();
     hold(dp);
     hold(dv);
     hold(dk);
     if (threadIdx.x % 32 == 0) arrive(shared.empty(stage.index));
-    if (mine) add_in_turn(step, panel);
+    if (mine) hand_over();
     stage.next();
   }
 
@@ -187,13 +178,14 @@ __global__ void __launch_bounds__(384, 1)
   if (warp < 4) {
     release_registers<24>();
     if (warp == 0) GradientProducer<D>{b, w, shared}.run();
+    if ((warp == 1 || warp == 2) && threadIdx.x % 32 == 0) GradientAdder<D>{b, w, shared, warp - 1}.run();
   } else {
     claim_registers<240>();
     GradientConsumer<T, D>{b, w, shared, warp >= 8}.run();
   }
 }
 
-// dQ, from the sums as the threads have added them up. A block a tile of one head.
+// dQ, from the sums in the order of the threads that made them. A block a tile of one head.
 template <class T, int D>
 __global__ void __launch_bounds__(128) hopper_query_gradient_kernel(const HopperBackward b, const int tiles) {
   constexpr int panels = D / panel_columns, n = gradient_queries / 2;
@@ -201,13 +193,16 @@ __global__ void __launch_bounds__(128) hopper_query_gradient_kernel(const Hopper
   const int tile = blockIdx.x % tiles, sequence = blockIdx.x / tiles, head = blockIdx.y;
   const GradientPlan plan(a, sequence);
   if (tile * gradient_queries >= plan.queries.count) return;
-  const bool any = plan.sees_any(tile);
   const int64_t slot = plan.slot(a, sequence, tile) * a.heads + head;
 #pragma unroll
   for (int panel = 0; panel < panels; panel++) {
     float sums[n];
 #pragma unroll
-    for (int i = 0; i < n; i++) sums[i] = any ? b.sums[((slot * panels + panel) * n + i) * 128 + threadIdx.x] : 0.0f;
+    for (int i = 0; i < n; i += 4) {
+      const float* from = b.sums + ((slot * panels + panel) * (n / 4) + i / 4) * 512 + threadIdx.x * 4;
+      const float4 x = *reinterpret_cast<const float4*>(from);
+      sums[i] = x.x, sums[i + 1] = x.y, sums[i + 2] = x.z, sums[i + 3] = x.w;
+    }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int query = tile * gradient_queries + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;

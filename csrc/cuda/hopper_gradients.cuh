@@ -3,8 +3,9 @@
 // each.
 //
 // The shares of a tile of dQ are added up in memory, in a fixed order: the last keys first, each block of keys in its
-// turn. A block starts with the first queries that see it, which is where the blocks of later keys are done already, so
-// that hardly any waits. Blocks of later keys have the lower numbers, and are running before those that wait for them.
+// turn. Two more warps see to that, so that no product waits for memory. A block starts with the first queries that see
+// it, which is where the blocks of later keys are done already, so that hardly any waits. Blocks of later keys have the
+// lower numbers, and are running before those that wait for them.
 #pragma once
 #include "cuda/attention_tile.cuh"
 #include "cuda/hopper_attention.h"
@@ -42,10 +43,6 @@ struct GradientPlan {
     const int seen = max((tile + 1) * gradient_queries + offset(), 0);
     return min((seen + gradient_keys - 1) / gradient_keys, all) - 1;
   }
-  __device__ __forceinline__ bool sees_any(int tile) const {
-    const int block = last_block(tile);
-    return block >= 0 && begin(block) <= tile && tile < end(block);
-  }
   // Where the shares of a tile are added up: a number of its own over all sequences.
   __device__ __forceinline__ int64_t slot(const AttentionBackward& a, int sequence, int tile) const {
     const int64_t first = a.cu_q ? queries.first : static_cast<int64_t>(sequence) * a.max_q;
@@ -58,9 +55,10 @@ struct GradientShared {
   static constexpr int panels = D / panel_columns, stages = 2;
   static constexpr int key_panel = gradient_keys * panel_row_bytes, query_panel = gradient_queries * panel_row_bytes;
   static constexpr int key_bytes = panels * key_panel, query_bytes = panels * query_panel;
-  static constexpr int tiles = 2 * key_bytes + 2 * stages * query_bytes + 2 * key_panel;
+  static constexpr int sums_bytes = gradient_queries * panel_columns * 4;  // a panel of a tile of dQ
+  static constexpr int tiles = 2 * key_bytes + 2 * stages * query_bytes + 2 * key_panel + 2 * sums_bytes;
   static constexpr int statistics_bytes = stages * 3 * gradient_queries * 4;
-  static constexpr int bytes = tile_alignment + tiles + statistics_bytes + (2 + 3 * stages) * 8;
+  static constexpr int bytes = tile_alignment + tiles + statistics_bytes + (6 + 3 * stages) * 8;
   static_assert(bytes <= 227 * 1024);
   uint32_t base;
 
@@ -73,6 +71,7 @@ struct GradientShared {
   }
   __device__ __forceinline__ uint32_t outs(int stage) const { return queries(stage) + query_bytes; }
   __device__ __forceinline__ uint32_t scores(int buffer) const { return queries(stages) + buffer * key_panel; }
+  __device__ __forceinline__ uint32_t sums(int consumer) const { return scores(2) + consumer * sums_bytes; }
   // Of a query of a tile: 0 the largest score, 1 the inverse sum, 2 delta.
   __device__ __forceinline__ uint32_t statistic(int stage, int which, int query) const {
     return base + tiles + ((stage * 3 + which) * gradient_queries + query) * 4;
@@ -83,8 +82,12 @@ struct GradientShared {
   __device__ __forceinline__ uint32_t full(int stage) const { return barrier(2 + stage); }
   __device__ __forceinline__ uint32_t statistics_full(int stage) const { return barrier(2 + stages + stage); }
   __device__ __forceinline__ uint32_t empty(int stage) const { return barrier(2 + 2 * stages + stage); }
+  __device__ __forceinline__ uint32_t sums_empty(int consumer) const { return barrier(2 + 3 * stages + consumer); }
+  __device__ __forceinline__ uint32_t sums_full(int consumer) const { return barrier(4 + 3 * stages + consumer); }
   __device__ __forceinline__ void init_barriers() const {
-    for (int i = 0; i < 2 + 3 * stages; i++) init_mbarrier(barrier(i), i >= 2 + 2 * stages ? 8 : 1);
+    for (int i = 0; i < 2 + 2 * stages; i++) init_mbarrier(barrier(i), 1);
+    for (int i = 0; i < stages; i++) init_mbarrier(empty(i), 8);
+    for (int i = 0; i < 2; i++) init_mbarrier(sums_empty(i), 1), init_mbarrier(sums_full(i), 4);
     fence_mbarrier_init();
   }
 };
@@ -94,6 +97,9 @@ __device__ __forceinline__ void store_shared(uint32_t at, float x) {
 }
 __device__ __forceinline__ void store_shared(uint32_t at, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 __device__ __forceinline__ float2 load_shared_pair(uint32_t at) {
   float2 x;
@@ -128,6 +134,43 @@ struct GradientWork {
   __device__ __forceinline__ int steps() const { return heads * tiles; }
   __device__ __forceinline__ int head(int step) const { return kv_head * heads + step / tiles; }
   __device__ __forceinline__ int tile(int step) const { return begin + step % tiles; }
+  // Of D 64 the warpgroups take a tile of dQ in turns, else a panel each.
+  __device__ __forceinline__ static bool adds(int panels, int consumer, int step) {
+    return panels == 2 || (step & 1) == consumer;
+  }
+};
+
+// A lane that adds up the shares of a warpgroup.
+template <int D>
+struct GradientAdder {
+  using Shared = GradientShared<D>;
+  const HopperBackward& b;
+  const GradientWork& w;
+  Shared shared;
+  int consumer;
+
+  __device__ __forceinline__ void run() const {
+    const int panel = Shared::panels == 2 ? consumer : 0;
+    uint32_t parity = 0;
+    for (int step = 0; step < w.steps(); step++) {
+      if (!w.adds(Shared::panels, consumer, step)) continue;
+      const int64_t slot = w.plan.slot(b.a, w.sequence, w.tile(step)) * b.a.heads + w.head(step);
+      const int turn = w.plan.last_block(w.tile(step)) - w.block;
+      int* flag = b.turns + slot * 2 + panel;
+      wait(shared.sums_full(consumer), parity);
+      parity ^= 1;
+      while (load_flag(flag) != turn) {
+      }
+      fence_async_proxy_of_memory();
+      add_floats(b.sums + (slot * Shared::panels + panel) * (Shared::sums_bytes / 4), shared.sums(consumer),
+                 Shared::sums_bytes);
+      wait_read();
+      arrive(shared.sums_empty(consumer));
+      wait_added();
+      fence_async_proxy_of_memory();
+      raise_flag(flag);
+    }
+  }
 };
 
 // The warp that has tiles brought. Rows behind the end of a packed sequence are another one's: they are multiplied by

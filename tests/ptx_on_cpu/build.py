@@ -156,7 +156,7 @@ def link(name: str, objects: Sequence[Path], extra: Sequence[str] = ()) -> Path:
         f"{name}.so",
         lambda path: run([*command, "-o", path, *objects, *extra]),
         " ".join([*command, *extra]),
-        *(p.name for p in objects),
+        *(f"{p.parent.name}/{p.name}" for p in objects),  # the hash is in one of the two
     )
 
 
