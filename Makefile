@@ -34,7 +34,7 @@ kill-test: build ## kill -9 a training run at 30 random moments and resume it
 	$(BIN)/python -m pytest -q --slow tests/test_train.py -k thirty
 
 SANITIZED := tests/test_cpu.py tests/test_cpu_attention.py tests/test_cpu_backward.py \
-	tests/test_cpu_attention_backward.py tests/test_linear.py tests/test_decode.py
+	tests/test_cpu_attention_backward.py tests/test_linear.py tests/test_decode.py tests/test_quant_cpu.py
 sanitize: build ## the tests of the C++ kernels under AddressSanitizer
 	$(BIN)/python setup.py -q build_ext --sanitize address --build-lib build/address --build-temp build/temp-address
 	tar -C kernels --exclude='*.so' --exclude=__pycache__ -cf - mistral_kernels | tar -C build/address -xf -
@@ -58,7 +58,7 @@ quant-study: build $(STAMPS)/sample ## quantised weights: accuracy, bytes, token
 	$(BIN)/python -m bench.quant_study --out docs/quantization --page docs/quantization.md
 
 fuzz: build ## random shapes, strides, windows and lengths of every op, a thousand of each
-	TRITON_INTERPRET=1 MISTRAL_KERNELS_FUZZ=1000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+	TRITON_INTERPRET=1 MISTRAL_KERNELS_FUZZ=1000 $(BIN)/python -m pytest -q tests/test_fuzz.py tests/test_quant_fuzz.py
 
 mutants: build ## plant bugs into copies of the kernels; every one must fail a test (docs/mutants.md)
 	$(BIN)/python scripts/mutants.py --json docs/mutants.json --markdown docs/mutants.md

@@ -119,15 +119,16 @@ def test_default_implementation(scheme, group, asymmetric):
         torch.testing.assert_close(out, mk.linear_quantized(x, q, bias, impl="reference"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("scheme, group, asymmetric", KINDS)
-def test_gradient_of_x_and_bias(scheme, group, asymmetric):
+def test_gradient_of_x_and_bias(scheme, group, asymmetric, impl):
     q = mk.quantize_weight(weight(), scheme, group, asymmetric)
     x, bias = fill((5, 200)).float().requires_grad_(), fill((24,)).float().requires_grad_()
     dy = fill((5, 24), seed=4).float()
-    dx, db = torch.autograd.grad(mk.linear_quantized(x, q, bias), (x, bias), dy)
+    dx, db = torch.autograd.grad(mk.linear_quantized(x, q, bias, impl=impl), (x, bias), dy)
     torch.testing.assert_close(dx, dy @ q.dequantize())
     torch.testing.assert_close(db, dy.sum(0))
-    assert torch.equal(torch.autograd.grad(mk.linear_quantized(x, q), x, dy)[0], dx)
+    assert torch.equal(torch.autograd.grad(mk.linear_quantized(x, q, impl=impl), x, dy)[0], dx)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])

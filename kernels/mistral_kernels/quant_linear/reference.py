@@ -83,8 +83,9 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def linear_w8a8(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, group: int
 ) -> torch.Tensor:
-    """The sums of products of codes are exact; they are scaled in float32, and rounded once."""
-    rows, x_scale = quantise_rows(x)
+    """The sums of products of codes are exact; they are scaled in float32, and rounded once. The gradient of x is that
+    of the product with x as it is."""
+    rows, x_scale = quantise_rows(x.detach())
     wide, k = x_scale.dtype, codes.shape[1]
     size = group if 0 < group < k else max(k, 1)
     out = x_scale.new_zeros(*x.shape[:-1], codes.shape[0])
@@ -92,6 +93,9 @@ def linear_w8a8(
         part = slice(g * size, min(k, (g + 1) * size))
         sums = rows[..., part].double() @ codes[:, part].double().T
         out += sums.to(wide) * x_scale * scale[:, g].to(wide)
+    if torch.is_grad_enabled() and x.requires_grad:
+        straight = torch.nn.functional.linear(x, dequantise_int8(codes, scale, group, x.dtype)).to(wide)
+        out = out + (straight - straight.detach())
     return (out if bias is None else out + bias).to(x.dtype)
 
 
