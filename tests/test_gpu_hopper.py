@@ -50,3 +50,10 @@ def test_a_parity_that_fails_fails_its_piece(script, monkeypatch, tmp_path):
     failing.write_text(f"print({script.MARK!r} + '{{\"passed\": false}}')\n")
     monkeypatch.setattr(script, "__file__", str(failing))
     assert not script.run("forward", ["forward"], 20, False)["ok"]
+
+
+def test_page_is_what_the_file_says():
+    page = SCRIPT.with_name("gpu_hopper_page.py")
+    docs = SCRIPT.parents[1] / "docs/cuda"
+    done = subprocess.run([sys.executable, page, docs / "H100_hopper.json"], capture_output=True, text=True, check=True)
+    assert done.stdout == (docs / "H100_hopper.md").read_text()
