@@ -242,8 +242,8 @@ def launches() -> Iterator[list[Launch]]:
 @contextlib.contextmanager
 def option(name: str, value: int) -> Iterator[None]:
     """Sets an option for a while: "check" (1), "multiprocessors" (4), "capability" (80), "shared_limit" (163 KB; 227 KB
-    with capability 90), "late" (1), and the strict readings of contested rules, all 1: "strict_warpgroup",
-    "strict_fence", "war_fence", "init_fence"; README.md says which rules."""
+    with capability 90), "late" (1), "cut_sums" (0), and the strict readings of contested rules, all 1:
+    "strict_warpgroup", "strict_fence", "war_fence", "init_fence"; README.md says which rules."""
     before = runtime().emu_get(name.encode())
     if runtime().emu_set(name.encode(), value):
         raise ValueError(f"no option {name!r}")

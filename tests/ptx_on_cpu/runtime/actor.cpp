@@ -4,6 +4,7 @@
 namespace emu {
 
 Strict strict;
+bool cut_sums;
 bool late = true;
 
 bool Actor::knows(unsigned other, uint32_t when) const {

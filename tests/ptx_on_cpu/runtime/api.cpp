@@ -38,9 +38,9 @@ struct Launch {
 };
 std::list<Launch> launches;
 std::map<std::string, int> options{
-    {"check", 1},     {"multiprocessors", 4},  {"shared_limit", 163 * 1024}, {"capability", 80},
-    {"late", 1},      {"strict_warpgroup", 1}, {"strict_fence", 1},          {"war_fence", 1},
-    {"init_fence", 1}};
+    {"check", 1},      {"multiprocessors", 4},  {"shared_limit", 163 * 1024}, {"capability", 80},
+    {"late", 1},       {"strict_warpgroup", 1}, {"strict_fence", 1},          {"war_fence", 1},
+    {"init_fence", 1}, {"cut_sums", 0}};
 
 std::string demangled(const char* name) {
   int status = 0;
@@ -187,6 +187,7 @@ int emu_set(const char* option, int value) {
   if (!options.count(option)) return 1;
   options[option] = value;
   if (!strcmp(option, "capability")) options["shared_limit"] = (value >= 90 ? 227 : 163) * 1024;
+  cut_sums = options["cut_sums"] != 0;
   checking = options["check"] != 0, late = options["late"] != 0;
   strict = {options["strict_warpgroup"] != 0, options["strict_fence"] != 0, options["war_fence"] != 0,
             options["init_fence"] != 0};

@@ -40,7 +40,8 @@ EMU_API int emu_launch(const char* kernel, EmuDim3 grid, EmuDim3 block, void** a
 EMU_API const char* emu_finding();
 // "check" (1), "multiprocessors" (4), "capability" (80; 90 runs kernels for sm_90a), "shared_limit" (166912; setting
 // the capability sets it too), "late" (1: copies and products are made when they are waited for; 0: at once), and
-// "strict_warpgroup", "strict_fence", "war_fence", "init_fence" (1: the stricter reading of a rule).
+// "cut_sums" (0; 1: products of warpgroups round as an H100 does), "strict_warpgroup", "strict_fence", "war_fence",
+// "init_fence" (1: the stricter reading of a rule).
 EMU_API int emu_set(const char* option, int value);
 EMU_API int emu_get(const char* option);
 // In launches of this kernel, or of any where it is empty.

@@ -52,6 +52,7 @@ struct Strict {
   bool init_fence = true;  // copies may use an mbarrier only if its initialisation was fenced
 };
 extern Strict strict;
+extern bool cut_sums;  // products round as an H100 does
 extern bool late;  // copies land when nothing else can go on, and products are made when waited for; else both at once
 
 // Ends the launch with a finding; what runs on a fiber does not come back.
