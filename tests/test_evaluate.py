@@ -200,9 +200,11 @@ def arc(path):
 def test_data_sets_of_the_hub_in_a_folder(folder, tmp_path):
     arc(tmp_path / "data")
     out = tmp_path / "out"
-    command = ["--model", str(folder), "--out", str(out), "--tasks", "arc_challenge", "--data", str(tmp_path / "data")]
+    command = ["--model", str(folder), "--out", str(out), "--tasks", "arc_challenge", "--shots", "2"]
+    command += ["--data", str(tmp_path / "data")]
     assert evaluate.main(command) == 0
     row = json.loads((out / "evaluation.json").read_text())["tasks"]["arc_challenge"]
+    assert row["shots"] == 2
     assert row["samples"] == 6 and row["metric"] == "acc_norm" and 0 <= row["value"] <= 1
     line = next(x for x in (out / "evaluation.md").read_text().splitlines() if x.startswith("| arc_challenge"))
     assert line.endswith("| 55.5 | 77.7 | 73.9 |")

@@ -293,7 +293,9 @@ class MistralLM(TemplateLM):
         temperature = float(kwargs.get("temperature") or 0.0) if kwargs["do_sample"] else 0.0
         unknown = [name for name, value in kwargs.items() if name not in _KNOWN and value is not None]
         if unknown and temperature > 0:
-            raise ValueError(f"generation with {', '.join(unknown)} is not supported; known are {', '.join(_KNOWN)}")
+            raise ValueError(
+                f"generation with {', '.join(unknown)} is not supported; known are {', '.join(sorted(_KNOWN))}"
+            )
         room = self.max_length - kwargs["max_gen_toks"]
         if room < 1 or kwargs["max_gen_toks"] < 1:
             raise ValueError(

@@ -70,15 +70,7 @@ def run_task(
         shots; seconds; chance where it is known.
     """
     evaluator = need("lm_eval.evaluator", "eval")
-    shots = SHOTS.get(name) if shots is None else shots
-    if shots is not None:
-        for task in loaded["tasks"].values():
-            if task.get_config("num_fewshot") != 0 or name in SHOTS:
-                task.set_config(key="num_fewshot", value=shots)
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)
+    _set_shots(loaded, name, SHOTS.get(name) if shots is None else shots)
     started = time.perf_counter()
     found = evaluator.evaluate(
         lm=lm,
@@ -107,6 +99,17 @@ def run_task(
         seconds=seconds,
         chance=LOCAL[name][1] if name in LOCAL else CHANCE[name] / 100 if name in CHANCE else None,
     )
+
+
+def _set_shots(loaded: Any, name: str, shots: int | None) -> None:
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        # A task that says 0 means it, unless it is one that is always given examples.
+        if shots is not None and (own != 0 or name in SHOTS):
+            task.set_config(key="num_fewshot", value=shots)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
 
 
 def _only(results: dict[str, Any], name: str) -> dict[str, Any]:

@@ -94,10 +94,7 @@ def generate_until(
     while waiting or running:
         while waiting and session.cache.batch > len(session.rows):
             i = waiting.pop()
-            r = requests[i]
-            stops = {*tokenizer.stop_ids, *_special_stops(tokenizer, r.until)}
-            row = session.add(r.prompt, r.max_tokens, stops, r.temperature, r.top_p, r.seed)
-            running[row] = (i, _Open(r, tokenizer))
+            running[_begin(session, tokenizer, requests[i])] = (i, _Open(requests[i], tokenizer))
         for row, token in session.step().items():
             i, text = running[row]
             done = token in tokenizer.stop_ids or text.put(token)
@@ -109,6 +106,12 @@ def generate_until(
                 if on_done is not None:
                     on_done(i, texts[i])
     return texts
+
+
+def _begin(session: Session, tokenizer: Tokenizer, request: Request) -> int:
+    stops = {*tokenizer.stop_ids, *_special_stops(tokenizer, request.until)}
+    how = (request.temperature, request.top_p, request.seed)
+    return session.add(request.prompt, request.max_tokens, stops, *how)
 
 
 def _special_stops(tokenizer: Tokenizer, until: Sequence[str]) -> list[int]:
