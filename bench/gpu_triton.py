@@ -116,8 +116,16 @@ def _cached(launch: LAUNCH, name: str) -> Work:
     return Work(_each_once(launch), 4.0 * q.numel() * RING, "each tensor once; 4 D a query and slot")
 
 
+def _linear_on_codes(launch: LAUNCH, name: str) -> Work:
+    """x [M, K] times codes [N, K] of any width; the launch that only rounds x to int8 has no product."""
+    x, *_, out = tensors(launch)
+    if out.dim() < 2:
+        return _streams(2)(launch, name)
+    return Work(_each_once(launch), 2.0 * x.numel() * out.shape[-1], "each tensor once; 2 M N K")
+
+
 # The first that fits a spec's name counts for the spec's first launch; what follows it (partial sums, merging)
-# streams its tensors.
+# streams its tensors. A linear layer on codes tells its launches apart itself.
 RULES: tuple[tuple[str, Callable[[LAUNCH, str], Work]], ...] = (
     (r"write_kv", _write),
     (r"attention.*(backward|gradient|dq|dkv)", _attention(10)),
@@ -129,6 +137,7 @@ RULES: tuple[tuple[str, Callable[[LAUNCH, str], Work]], ...] = (
     (r"swiglu", _streams(5)),
     (r"rope", _streams(3)),
     (r"loss", _streams(4)),
+    (r"^(int8|int4|nf4|w8a8) \d+ rows?", _linear_on_codes),
 )
 
 
@@ -137,7 +146,7 @@ def work(launch: LAUNCH, name: str, first: bool) -> Work | None:
     rule = next((count for pattern, count in RULES if re.search(pattern, name)), None)
     if rule is None:
         return None
-    return rule(launch, name) if first else _streams(1)(launch, name)
+    return rule(launch, name) if first or rule is _linear_on_codes else _streams(1)(launch, name)
 
 
 # ---- compiling ----

@@ -61,6 +61,22 @@ def test_work_of_launches():
         assert work.bytes == 2 * 2 * (q.numel() + k.numel()) + 4 * lse.numel()
 
 
+def test_work_of_linear_layers_on_codes():
+    x, codes, scale, out = (
+        meta(512, 96),
+        meta(40, 48, dtype=torch.uint8),
+        meta(40, 3, dtype=torch.float32),
+        meta(512, 40),
+    )
+    product = gpu_triton.work(launch(x, codes, scale, out), "int4 512 rows g32", True)
+    assert product.flops == 2 * 512 * 40 * 96
+    assert product.bytes == 2 * 512 * 96 + 40 * 48 + 4 * 40 * 3 + 2 * 512 * 40
+    rounded = launch(x, meta(512, 96, dtype=torch.int8), meta(512, dtype=torch.float32))
+    assert gpu_triton.work(rounded, "w8a8 512 rows", True).flops == 2 * 512 * 96
+    whole = launch(*rounded[1][1:], meta(40, 96, dtype=torch.int8), scale, out)
+    assert gpu_triton.work(whole, "w8a8 512 rows", False).flops == 2 * 512 * 40 * 96
+
+
 def test_rings_count_where_they_are_written():
     k, ring = meta(512, 8, 128), meta(8, 4096, 8, 128)
     positions = meta(512, dtype=torch.int64)
