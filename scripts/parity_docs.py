@@ -21,13 +21,16 @@ def cell(row: dict[str, Any] | None) -> str:
         return ""
     if row["skipped"]:
         return f"not judged: {row['skipped']}"
+    if row["unable"] and not row["passed"] + row["failed"]:
+        return "no kernel"
     unable = f", {row['unable']} unable" if row["unable"] else ""
     return f"{'' if not row['failed'] else '**FAILED** '}{row['worst']:.2f} ({row['passed']}{unable})"
 
 
 def section(title: str, found: dict[str, Any]) -> str:
     facts = ", ".join(f"{k} {v}" for k, v in found["machine"].items())
-    lines = [f"## {title}", "", facts + ".", "", "| op | impl | " + " | ".join(DTYPES) + " |", "|---" * 5 + "|"]
+    note = [found["note"], ""] if "note" in found else []
+    lines = [f"## {title}", "", facts + ".", "", *note, "| op | impl | " + " | ".join(DTYPES) + " |", "|---" * 5 + "|"]
     rows = {(r["op"], r["impl"], r["dtype"]): r for r in found["rows"]}
     for op, impl in dict.fromkeys((op, impl) for op, impl, _ in rows):
         lines.append(f"| `{op}` | {impl} | " + " | ".join(cell(rows.get((op, impl, d))) for d in DTYPES) + " |")
