@@ -1,5 +1,6 @@
 """The harness's model class against the harness's own for Hugging Face models, and `lm_eval --model mistral`."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -246,7 +247,12 @@ def test_lm_eval_finds_the_model(folder, installed, tmp_path):
     command = ["-m", "lm_eval", "--model", "mistral", "--tasks", "tiny_choice", "--include_path", str(tmp_path)]
     command += ["--model_args", f"pretrained={folder},dtype=float32,window=16", "--output_path", str(tmp_path / "out")]
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=300, env=environment(installed)
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(installed),
+        cwd=tmp_path,  # metadata of an earlier build beside the sources would come first
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
@@ -254,10 +260,11 @@ def test_lm_eval_finds_the_model(folder, installed, tmp_path):
     assert found["config"]["model"] == "mistral" and found["config"]["model_window"] == 16
 
 
-def test_importing_torch_imports_no_more_than_before(installed):
+def test_importing_torch_imports_no_more_than_before(installed, tmp_path):
+    run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment(installed), cwd=tmp_path)
     code = "import sys, torch; print([m for m in ('mistral', 'mistral_kernels', 'lm_eval') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(installed))
+    done = run([sys.executable, "-c", code])
     assert done.stdout.strip() == "[]", done.stderr
     code = "import lm_eval, torch; from lm_eval.api.registry import get_model; print(get_model('mistral').__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(installed))
+    done = run([sys.executable, "-c", code])
     assert done.stdout.strip() == "MistralLM", done.stderr
