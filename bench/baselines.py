@@ -144,6 +144,7 @@ def sdpa(device: str) -> Iterator[Candidate]:
 def _flex() -> tuple[Any, Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.reset()  # a few shapes further on it would run unfused, with all scores in memory
     return create_block_mask, torch.compile(flex_attention, dynamic=False)
 
 

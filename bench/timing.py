@@ -19,7 +19,7 @@ class Effort:
 
     least: int = 7
     most: int = 41
-    seconds: float = 2.0
+    seconds: float = 1.5
     sample: float = 2e-3
 
 

@@ -1,5 +1,6 @@
 """The model-level benchmarks in small, the page that is generated from their JSON, and the order to run them all."""
 
+import argparse
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -53,6 +54,13 @@ def test_peak_memory_is_seen():
     if found is None:
         pytest.skip("the system does not say")
     assert 60 << 20 < found < 100 << 20
+
+
+def test_peaks_of_attention():
+    """Ours holds its output at least, SDPA the mask as well."""
+    found = window.memory(argparse.Namespace(device="cpu"), 128, 2048)
+    output = 2048 * window.HEADS * window.DIM * 2
+    assert found["ours"] >= 0.9 * output and found["sdpa_with_mask"] >= found["ours"]
 
 
 def test_parity_of_wholes():
