@@ -12,7 +12,6 @@ import mistral_kernels as mk
 from mistral_kernels import testing
 from mistral_kernels.testing import fill
 
-HAVE = [impl for impl in IMPLS if impl != "cuda"]  # there is no CUDA C++ kernel
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
 
 
@@ -42,7 +41,7 @@ def run(x, weight, bias, impl):
     return dict(out=out, dx=dx)
 
 
-@pytest.mark.parametrize("impl", HAVE)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.usefixtures("one_thread")
 def test_agrees_with_eager(impl):
     @PROFILE

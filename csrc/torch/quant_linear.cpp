@@ -1,12 +1,12 @@
 // mistral_kernels::linear_int8, _w8a8, _int4 and _nf4 on a CPU: few rows by a pass over the codes, many by torch's
 // matrix product on the dequantised weight; with int8 activations any number of rows by products of int8.
-#include "cpu/quant_linear.h"
+#include "torch/quant_linear.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "cpu/int8_product.h"
-#include "torch/ops.h"
+#include "cpu/quant_linear.h"
 #include "torch/work.h"
 
 namespace mk {
@@ -16,8 +16,6 @@ namespace {
 constexpr int64_t grain_bytes = int64_t{1} << 16;
 // Up to so many rows a pass over the codes is quicker than dequantising them (Zen 5).
 constexpr int64_t few_rows = 16;
-
-enum class Scheme { int8, w8a8, int4, nf4 };
 
 struct Call {
   Tensor x;
@@ -33,29 +31,6 @@ Tensor by_torch(const Tensor& x, const Tensor& weight, const Maybe& bias) {
                                     torch::stable::detail::from(bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-void check(Scheme scheme, const Tensor& x, const Tensor& codes, const Tensor& scale, const Maybe& offset,
-           const Maybe& bias, int64_t group) {
-  STD_TORCH_CHECK(x.dim() >= 1 && codes.dim() == 2 && scale.dim() == 2, "x must be [..., K], codes and scale 2-D");
-  const int64_t k = x.size(-1), n = codes.size(0);
-  const bool bytes = scheme == Scheme::int8 || scheme == Scheme::w8a8;
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(codes.get(), &dtype));
-  STD_TORCH_CHECK(dtype == (bytes ? aoti_torch_dtype_int8() : aoti_torch_dtype_uint8()), "codes must be ",
-                  bytes ? "int8" : "uint8");
-  STD_TORCH_CHECK(codes.size(1) == (bytes ? k : (k + 31) / 32 * 16), "codes must be [N, ",
-                  bytes ? "K" : "16 * ceil(K / 32)", "] for x [..., K]");
-  STD_TORCH_CHECK(group == 0 || group == 32 || group == 64 || group == 128, "group must be 0, 32, 64 or 128");
-  const int64_t groups = group && group < k ? (k + group - 1) / group : 1;
-  for (const Tensor* t : {&scale, offset ? &*offset : &scale}) {
-    STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == n && t->size(1) == groups, "scale and offset must be [N, ", groups,
-                    "]");
-    const Dtype of = dtype_of(*t);
-    STD_TORCH_CHECK(of == Dtype::f32 || (of == Dtype::f64 && dtype_of(x) == Dtype::f64), "scales must be float32");
-  }
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == n && dtype_of(*bias) == dtype_of(x)), "bias must be [",
-                  n, "] of x's dtype");
 }
 
 // Contiguous; asked of torch only where it is not.
@@ -88,7 +63,7 @@ double code_at(Scheme scheme, const uint8_t* row, int64_t k) {
                                   0.5626170039176941f,
                                   0.7229568362236023f,
                                   1.f};
-  if (scheme == Scheme::int8 || scheme == Scheme::w8a8) return static_cast<int8_t>(row[k]);
+  if (in_bytes(scheme)) return static_cast<int8_t>(row[k]);
   const int code = row[k / 32 * 16 + k % 16] >> (k / 16 % 2 * 4) & 15;
   return scheme == Scheme::int4 ? code - 8 : static_cast<double>(nf4[code]);
 }
@@ -174,7 +149,7 @@ void multiply_int8(const Call& c, void* out) {
 
 Tensor run(Scheme scheme, const Tensor& x_in, const Tensor& codes_in, const Tensor& scale_in, const Maybe& offset_in,
            const Maybe& bias, int64_t group) {
-  check(scheme, x_in, codes_in, scale_in, offset_in, bias, group);
+  check_quantised(scheme, x_in, codes_in, scale_in, offset_in, bias, group);
   const Tensor codes = unit_stride(codes_in), scale = packed(scale_in);
   const Maybe offset = offset_in ? Maybe(packed(*offset_in)) : std::nullopt;
   const int64_t k = x_in.size(-1), n = codes.size(0), dims = x_in.dim();

@@ -154,6 +154,12 @@ def lop3(b, m, a):
     return b.put(a[0], f"emu::lookup3({', '.join(b.v(x, 'u32') for x in a[1:5])})")
 
 
+@rule(r"dp4a\.(?P<a>[us])32\.(?P<b>[us])32")
+def dp4a(b, m, a):
+    call = f"emu::dot_of_bytes<{C_TYPE[m['a'] + '8']}, {C_TYPE[m['b'] + '8']}>"
+    return b.put(a[0], f"{call}({', '.join(b.v(x, 'u32') for x in a[1:])})")
+
+
 # ---- floating point
 
 ROUND = r"(\.(?P<round>rn|rz|rm|rp))?(?P<ftz>\.ftz)?(?P<sat>\.sat)?"

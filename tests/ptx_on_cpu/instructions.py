@@ -144,6 +144,17 @@ def mma(b, m, a):
     return f"{{ {' '.join(arrays)} {' '.join(b.put(x, f'qd[{i}]') for i, x in enumerate(d))} }}"
 
 
+@rule(r"mma\.sync\.aligned\.m16n8k(?P<k>16|32)\.row\.col\.s32\.s8\.s8\.s32")
+def mma_bytes(b, m, a):
+    d, *inputs = map(group, a)
+    arrays = [
+        f"const uint32_t {name}[4] = {{{', '.join(b.v(x, 'u32') for x in values)}}};"
+        for name, values in zip(("qa", "qb", "qc"), inputs, strict=True)
+    ]
+    call = f"uint32_t qd[4]; emu::mma_bytes({m['k']}, qd, qa, qb, qc, {b.site});"
+    return f"{{ {' '.join(arrays)} {call} {' '.join(b.put(x, f'qd[{i}]') for i, x in enumerate(d))} }}"
+
+
 # ---- memory
 
 ORDER = r"(\.weak|\.volatile|(\.(relaxed|acquire|release)(\.(cta|gpu|sys))))?"

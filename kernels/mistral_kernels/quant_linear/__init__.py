@@ -65,18 +65,28 @@ def _all_supported(*_):
     return None
 
 
-def _triton_supports(x, codes, *_):
+def _sums_fit(x, codes, *_):
     most = 1 << 17  # of which an int32 holds the sum of products
     return None if codes.shape[1] <= most else f"its sums of int8 products hold {most} elements, and x has more"
 
 
+def _few_rows(x, *_):
+    """Whether these are as many rows as CUDA C++ has a pass over the codes for. Its call then takes less than Triton's
+    launch from Python; of tiles the choice is Triton's, whose shapes are tuned. Neither was timed on a GPU."""
+    return x.numel() <= 4 * x.shape[-1]
+
+
 def _op(name: str, eager, weight_of, offset: str = "") -> Op:
+    supports = _sums_fit if name == "linear_w8a8" else _all_supported
     return Op(
         f"{name}(Tensor x, Tensor codes, Tensor scale,{offset} Tensor? bias, int group) -> Tensor",
         eager=eager,
         fake=_fake,
         triton=f"quant_linear.triton_kernel:{name}",
-        triton_supports=_triton_supports if name == "linear_w8a8" else _all_supported,
+        triton_supports=supports,
+        cuda=True,
+        cuda_first=_few_rows,
+        cuda_supports=supports,
         setup_context=_save,
         backward=_backward(weight_of),
     )

@@ -167,6 +167,13 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select) {
   }
   return r;
 }
+// dp4a: c + the products of four bytes each.
+template <class A, class B>
+uint32_t dot_of_bytes(uint32_t a, uint32_t b, uint32_t c) {
+  for (int i = 0; i < 4; i++)
+    c += static_cast<uint32_t>(int{static_cast<A>(a >> 8 * i)} * int{static_cast<B>(b >> 8 * i)});
+  return c;
+}
 inline uint32_t lookup3(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
   uint32_t r = 0;
   if (table & 0x01) r |= ~a & ~b & ~c;

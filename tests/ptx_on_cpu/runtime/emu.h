@@ -158,6 +158,8 @@ void stmatrix(const uint32_t* r, int count, bool trans, char* row, uint32_t site
 enum class Element : uint8_t { bf16, f16, tf32 };
 // d = a b + c of shape m16n8k`k`: the products are exact and are added in order of k in float32.
 void mma(Element e, int k, float* d, const uint32_t* a, const uint32_t* b, const float* c, uint32_t site);
+// The same of signed bytes in 32 bits, which wrap around: k is 16 or 32.
+void mma_bytes(int k, uint32_t* d, const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t site);
 
 // ---- mbarriers
 void mbarrier_init(char* p, int count, uint32_t site);

@@ -179,6 +179,48 @@ void do_mma(Fiber* lanes, uint32_t mask) {
   counts.mma_flops += 2ull * 16 * 8 * first.k;
 }
 
+struct MmaBytesArgs {
+  int k;
+  uint32_t* d;
+  const uint32_t *a, *b, *c;
+};
+
+int32_t byte_of(uint32_t v, int i) { return static_cast<int8_t>(v >> 8 * i); }
+
+// Registers hold four neighbours of a row; those of 16 elements belong together.
+void do_mma_bytes(Fiber* lanes, uint32_t mask) {
+  need_whole_warp(mask, lanes[__builtin_ctz(mask)]);
+  const int depth = args<MmaBytesArgs>(lanes, 0).k;
+  int32_t A[16][32], B[32][8];
+  uint32_t C[16][8];
+  for (int t = 0; t < 32; t++) {
+    const auto& x = args<MmaBytesArgs>(lanes, t);
+    const int g = t / 4, q = t % 4;
+    for (int s = 0; s < depth / 16; s++)
+      for (int h = 0; h < 4; h++) {
+        const int k = 16 * s + 4 * q + h;
+        A[g][k] = byte_of(x.a[2 * s], h);
+        A[g + 8][k] = byte_of(x.a[2 * s + 1], h);
+        B[k][g] = byte_of(x.b[s], h);
+      }
+    for (int i = 0; i < 4; i++) C[g + i / 2 * 8][2 * q + i % 2] = x.c[i];
+  }
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < depth; k++)
+      for (int j = 0; j < 8; j++) C[i][j] += static_cast<uint32_t>(A[i][k] * B[k][j]);
+  for (int t = 0; t < 32; t++)
+    for (int i = 0; i < 4; i++) args<MmaBytesArgs>(lanes, t).d[i] = C[t / 4 + i / 2 * 8][2 * (t % 4) + i % 2];
+  counts.mma++;
+  counts.mma_flops += 2ull * 16 * 8 * depth;
+}
+
+// The registers of an A operand with the middle two exchanged, or the two that there are.
+const uint32_t* swap_operand(const uint32_t* a, int n, uint32_t (&to)[4]) {
+  for (int i = 0; i < n; i++) to[i] = a[i];
+  std::swap(to[n == 4 ? 1 : 0], to[n == 4 ? 2 : 1]);
+  return to;
+}
+
 }  // namespace
 
 uint32_t shfl(Shfl mode, uint32_t v, uint32_t b, uint32_t c, uint32_t mask, bool* inside, uint32_t site) {
@@ -213,14 +255,17 @@ void stmatrix(const uint32_t* r, int count, bool trans, char* row, uint32_t site
 void mma(Element e, int k, float* d, const uint32_t* a, const uint32_t* b, const float* c, uint32_t site) {
   if (plant(Plant::skip, site)) return;
   uint32_t swapped[4];
-  if (plant(Plant::swap, site)) {
-    const int n = k * (e == Element::tf32 ? 2 : 1) / 4;
-    for (int i = 0; i < n; i++) swapped[i] = a[i];
-    std::swap(swapped[n == 4 ? 1 : 0], swapped[n == 4 ? 2 : 1]);
-    a = swapped;
-  }
+  if (plant(Plant::swap, site)) a = swap_operand(a, k * (e == Element::tf32 ? 2 : 1) / 4, swapped);
   MmaArgs x{e, k, d, a, b, c};
   collective(Op::mma, &x, do_mma, ~0u, site, true);
+}
+
+void mma_bytes(int k, uint32_t* d, const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t site) {
+  if (plant(Plant::skip, site)) return;
+  uint32_t swapped[4];
+  if (plant(Plant::swap, site)) a = swap_operand(a, k / 8, swapped);
+  MmaBytesArgs x{k, d, a, b, c};
+  collective(Op::mma, &x, do_mma_bytes, ~0u, site, true);
 }
 
 }  // namespace emu

@@ -1,0 +1,5 @@
+#include "cuda/quant_tiles_half.cuh"
+
+namespace mk::cuda {
+int quant_tiles_bf16(const QuantLinear& a, cudaStream_t stream) { return quant_tiles_half<bf16>(a, stream); }
+}  // namespace mk::cuda
