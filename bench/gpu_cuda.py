@@ -13,8 +13,9 @@ _ARCH = re.compile(r"^arch = sm_(\d+)a?", re.M)
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z0-9_.]+)")
-_NAMED = re.compile(r"(HGMMA|UTMALDG|WARPGROUP\.ARRIVE|HMMA|LDSM|LDGSTS|LDG|STG|LDL|STL|BAR)\b(\S*)")
+_NAMED = re.compile(r"(HGMMA|UTMALDG|WARPGROUP\.ARRIVE|HMMA|IMMA|LDSM|LDGSTS|LDG|STG|LDL|STL|BAR)\b(\S*)")
 _HOPPER = re.compile(r"hopper_(forward|statistics|gradient)_kernel<[^,]*, (\d+)(?:, (\d))?>")
+_QUANT = re.compile(r"quant_(few|few_int8|tile|int8_tile|round)_kernel(?:_f32)?<(.*)>")
 _WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
 
 
@@ -97,6 +98,30 @@ def hopper_work(spec: str) -> dict[str, Any]:
     return dict(warps=8 if one else 12, shape=shape, work=dict(bytes=moved, flops=flops))
 
 
+def quant_work(spec: str) -> dict[str, Any]:
+    """The same of a kernel for linear layers on codes: 1, 4, 16 or 4096 rows of 4096 elements, projected to 14336.
+
+    int8 shares a scale along a row, int4 along 128 elements, nf4 along 64. Products of int8 are set against the rate
+    of bfloat16, half of their own.
+    """
+    if (found := _QUANT.match(spec)) is None:
+        return {}
+    part, arguments = found[1], found[2].split(", ")
+    k, n = 4096, 14336
+    x = 4 if "float" in arguments or "_f32" in spec else 2
+    if part == "round":
+        return dict(warps=8, shape=f"M4096 K{k}", work=dict(bytes=4096 * (k * (x + 1) + 4), flops=2 * 4096 * k))
+    rows = {"1": 1, "4": 4, "16": 16}.get(arguments[-1], 4096)
+    kind = (
+        "w8a8" if "int8" in part else ("int8", "int4", "int4 offsets", "nf4")[int(spec.partition("(QuantKind)")[2][0])]
+    )
+    halves, group = kind[:4] in ("int4", "nf4"), {"int4": 128, "nf4": 64}.get(kind.split()[0], k)
+    scales = n * (k // group) * (8 if kind == "int4 offsets" else 4)
+    codes, outputs = n * k // (2 if halves else 1), rows * n * x
+    moved = codes + scales + outputs + rows * k * (1 if kind == "w8a8" else x)
+    return dict(warps=4, shape=f"{kind} M{rows} N{n} K{k}", work=dict(bytes=moved, flops=2 * rows * n * k))
+
+
 def kernels(library: Path, wanted: Callable[[int], bool] = lambda capability: True) -> list[dict[str, Any]]:
     """Registers, stack, shared memory and instructions of every kernel and architecture in the library."""
     counts = {}
@@ -113,5 +138,5 @@ def kernels(library: Path, wanted: Callable[[int], bool] = lambda capability: Tr
             )
     names = _plain(sorted({function for _, function in found}))
     rows = [row | dict(spec=names[row["kernel"]]) for row in found.values() if wanted(row["capability"])]
-    rows = [row | hopper_work(row["spec"]) for row in rows]
+    rows = [row | hopper_work(row["spec"]) | quant_work(row["spec"]) for row in rows]
     return sorted(rows, key=lambda row: (row["spec"], row["capability"]))

@@ -35,7 +35,7 @@ CARDS = {
     100: (Card("B200", 8.0e12, 2250e12, 75e12),),
 }
 REGISTER_UNIT, SHARED_UNIT = 256, 128
-TENSOR_CORES = ("HMMA", "HGMMA", "UTCMMA")
+TENSOR_CORES = ("HMMA", "HGMMA", "IMMA", "UTCMMA")
 
 
 def _up(n: int, unit: int) -> int:

@@ -126,6 +126,20 @@ def test_work_of_the_hopper_kernels():
     assert gpu_cuda.hopper_work("attention_kernel<__half, 128, true>") == {}
 
 
+def test_work_of_linear_layers_on_codes_in_cuda():
+    k, n, bf16 = 4096, 14336, "__nv_bfloat16"
+    one = gpu_cuda.quant_work(f"quant_few_kernel<{bf16}, (QuantKind)2, 1>")
+    assert one["work"] == dict(bytes=k * n // 2 + 2 * 4 * n * k // 128 + 2 * (k + n), flops=2 * k * n)
+    assert one["shape"] == f"int4 offsets M1 N{n} K{k}" and one["warps"] == 4
+    many = gpu_cuda.quant_work("quant_tile_kernel_f32<(QuantKind)0>")
+    assert many["work"] == dict(bytes=k * n + 4 * n + 4 * 4096 * (k + n), flops=2 * 4096 * k * n)
+    int8 = gpu_cuda.quant_work("quant_int8_tile_kernel<16>")
+    assert int8["shape"].startswith("w8a8 M16 ") and int8["work"]["bytes"] == k * n + 4 * n + 16 * (k + 2 * n)
+    rounding = gpu_cuda.quant_work(f"quant_round_kernel<{bf16}>")
+    assert rounding["warps"] == 8 and rounding["work"]["bytes"] == 4096 * (3 * k + 4)
+    assert gpu_cuda.quant_work("norm_kernel<float, 4>") == {}
+
+
 def test_sections():
     import re
 

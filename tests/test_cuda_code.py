@@ -19,6 +19,12 @@ CEILINGS = {
     "attention_kernel_f32": 168,
     "query_gradient_kernel_f32": 168,
     "key_gradient_kernel_f32": 168,
+    "quant_few_kernel": 128,
+    "quant_few_int8_kernel": 64,
+    "quant_round_kernel": 64,
+    "quant_tile_kernel": 255,
+    "quant_tile_kernel_f32": 168,
+    "quant_int8_tile_kernel": 255,
 }
 WIDEST = {"attention_kernel": {"64": 168, "128": 255}}
 TENSOR = ("attention_kernel", "query_gradient_kernel", "key_gradient_kernel")
@@ -71,3 +77,14 @@ def test_aligned_rows_move_in_16_bytes(kernels):
         assert count.get("LDG.128", 0) and count.get("STG.128", 0), kernel["spec"]
         assert not count.get("LDG.16") and not count.get("STG.16") and count.get("STG.32", 0) <= 1, kernel["spec"]
     assert checked >= 2 * (5 * 2 + 5 + 5 + 6 + 6)
+
+
+def test_codes_come_in_16_bytes_and_are_multiplied_on_tensor_cores(kernels):
+    """What comes in single bytes are rows that are not aligned; nothing is computed for them in another way."""
+    tiles = {"quant_tile_kernel": ("HMMA", "LDGSTS.128"), "quant_int8_tile_kernel": ("IMMA", "LDSM", "LDGSTS.128")}
+    needed = {**tiles, "quant_few_kernel": ("LDG.128",), "quant_few_int8_kernel": ("LDG.128",)}
+    checked = [k for k in kernels if family(k) in needed]
+    assert len(checked) == 2 * (2 * 4 * 2 + 2 + 3 * 4 * 2 + 2)
+    for kernel in checked:
+        stores = ("STG.128",) if family(kernel) in tiles else ()
+        assert all(kernel["count"].get(name) for name in needed[family(kernel)] + stores), kernel["spec"]

@@ -174,6 +174,43 @@ def test_input_may_not_be_written(program):
     assert "write into an input" in runtime().emu_finding().decode()
 
 
+@pytest.fixture(scope="module")
+def products_of_bytes():
+    return Program("bytes", [SOURCE.with_name("bytes.cu")])
+
+
+def some_bytes(*shape):
+    """Of the whole range, ends among them."""
+    made = torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.int8)
+    made.view(-1)[:2] = torch.tensor([-128, 127], dtype=torch.int8)
+    return guarded(made)
+
+
+@pytest.mark.parametrize("k", [16, 32])
+def test_products_of_bytes_add_to_the_sums(products_of_bytes, k):
+    a, b, c = some_bytes(16, k), some_bytes(8, k).flip(0), torch.arange(16 * 8, dtype=torch.int32).view(16, 8)
+    c[0, 0] = 2**31 - 1  # sums wrap around
+    want = (a.long() @ b.long().T + c).to(torch.int32)
+    b, got = guarded(b), guarded(c)
+    with launches() as seen:
+        products_of_bytes.call("fixture_bytes_product", k, a, b, got)
+    assert torch.equal(got, want) and seen[0].mma_flops == 2 * 16 * 8 * k
+    (site,) = sites(seen[0].kernel, r"^mma")
+    with planted(site, "swap"):
+        products_of_bytes.call("fixture_bytes_product", k, a, b, got.copy_(c))
+    assert not torch.equal(got, want)
+
+
+@pytest.mark.parametrize("has_sign", [False, True])
+def test_dots_of_four_bytes(products_of_bytes, has_sign):
+    a, b, c = some_bytes(32, 4), some_bytes(32, 4), torch.arange(32, dtype=torch.int32)
+    kind = torch.int8 if has_sign else torch.uint8
+    want = (a.view(kind).long() * b.view(kind).long()).sum(1) + c
+    got = guarded(c)
+    products_of_bytes.call("fixture_bytes_dots", has_sign, a, b, got)
+    assert torch.equal(got.long(), want)
+
+
 HEADER = ".version 9.0\n.target sm_80\n.address_size 64\n"
 
 

@@ -123,7 +123,12 @@ def _tile_kernel(
     KIND: tl.constexpr, GROUP: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """GROUP is 0 where a whole row shares a scale; else BLOCK_K divides it. Neighbours share a block of codes."""
+    """GROUP is 0 where a whole row shares a scale; else BLOCK_K divides it. Neighbours share a block of codes.
+
+    With float32 x a block's sum is scaled even where all have the same scale: a plain sum of products would become one
+    chain over K, and lose more than the parity rule allows.
+    """
+    SCALED: tl.constexpr = GROUP != 0 or X.dtype.element_ty == tl.float32
     HALVES: tl.constexpr = KIND == 1 or KIND == 2
     BYTES: tl.constexpr = BLOCK_K // 2 if HALVES else BLOCK_K
     down = (M + BLOCK_M - 1) // BLOCK_M
@@ -150,18 +155,20 @@ def _tile_kernel(
             part += _product(high, raw, KIND, True)
             if HAS_OFFSET:
                 some = tl.sum(x.to(tl.float32), 1) + tl.sum(high.to(tl.float32), 1)
-        if GROUP == 0:
+        if not SCALED:
             acc += part
             if HAS_OFFSET:
                 sums += some
         else:
-            which = n.to(tl.int64) * G + start // GROUP
+            which = n.to(tl.int64) * G
+            if GROUP != 0:
+                which += start // GROUP
             scale = tl.load(SCALE + which, mask=n < N, other=0.0)
             acc += part.to(tl.float32) * x_scale[:, None] * scale[None, :]
             if HAS_OFFSET:
                 acc += some[:, None] * tl.load(OFFSET + which, mask=n < N, other=0.0)[None, :]
     y = acc.to(tl.float32)
-    if GROUP == 0:
+    if not SCALED:
         y = y * x_scale[:, None] * tl.load(SCALE + n, mask=n < N, other=0.0)[None, :]
         if HAS_OFFSET:
             y += sums[:, None] * tl.load(OFFSET + n, mask=n < N, other=0.0)[None, :]
