@@ -117,6 +117,15 @@ def test_layouts_change_nothing(dtype, scheme, rows):
     assert torch.equal(run(row, q), run(row.clone(), q))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "w8a8"])
+def test_rows_of_an_odd_length_that_start_aligned(scheme):
+    q, x = quantised(scheme, 9, 39), fill((9, 39)).to(DEVICE, torch.float16)
+    codes = torch.full((9, 48), 77, dtype=torch.int8, device=DEVICE)
+    codes[:, :39] = q.codes
+    padded = mk.QuantizedWeight(scheme, codes[:, :39], q.scale, None, 0, 39)
+    assert torch.equal(run(x, padded), run(x, q))
+
+
 @pytest.mark.parametrize("rows", [4, 20])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nan_stays_in_its_row(scheme, rows):

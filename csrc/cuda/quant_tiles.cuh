@@ -29,7 +29,8 @@ struct ByteRows {
 };
 
 // Starts the copy of `rows` rows of `chunks` times 16 bytes, from byte `at` of row `first` on, to where to(row, chunk)
-// says; what lies past the last row or past the end of a row is zero.
+// says; an odd number of bytes at a row's end is read byte by byte. What lies past the last row or past the end of a
+// row is zero.
 template <int rows, int chunks, class Unit, class To>
 __device__ __forceinline__ void load_rows(const ByteRows& from, int64_t first, int64_t at, const To& to) {
   static_assert(rows * chunks % tile_threads == 0);
@@ -39,7 +40,7 @@ __device__ __forceinline__ void load_rows(const ByteRows& from, int64_t first, i
     const int64_t byte = at + 16 * chunk, left = first + row < from.count ? from.bytes - byte : 0;
     const int bytes = static_cast<int>(left < 0 ? 0 : left < 16 ? left : 16);
     const char* source = from.base + (bytes ? (first + row) * from.distance + byte : 0);
-    if (from.vectors)
+    if (from.vectors && bytes % 2 == 0)
       copy_async_bytes(to(row, chunk), source, bytes);
     else
       *reinterpret_cast<uint4*>(to(row, chunk)) = gather<Unit>(source, bytes);
