@@ -99,7 +99,7 @@ struct Running {
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
       const float base = top == -INFINITY ? 0.0f : top, shrink = exponential(largest[r], base, scale);
       largest[r] = top;
-      sum[r] *= shrink;
+      float parts_of_sum[2] = {};  // short chains of additions round less, and wait less
 #pragma unroll
       for (int i = 0; i < D / 8; i++) out[i][2 * r] *= shrink, out[i][2 * r + 1] *= shrink;
 #pragma unroll
@@ -107,8 +107,9 @@ struct Running {
 #pragma unroll
         for (int e = 2 * r; e < 2 * r + 2; e++) {
           s[i][e] = exponential(s[i][e], base, scale);
-          sum[r] += s[i][e];
+          parts_of_sum[e % 2] += s[i][e];
         }
+      sum[r] = sum[r] * shrink + (parts_of_sum[0] + parts_of_sum[1]);
     }
   }
 
