@@ -1,10 +1,12 @@
-"""SmolLM2-135M, prefill and decoding: ours, eager, Hugging Face with both its attentions, llama.cpp's llama-bench."""
+"""SmolLM2-135M, prefill and decoding: ours, eager, Hugging Face with both its attentions, llama.cpp
+by its Python bindings and by its llama-bench."""
 
 import argparse
 import json
 import shutil
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from mistral.weights import load_model
 
 from . import report, rows
 from .limits import Limits
+from .llama import LlamaCpp, files_by_llama_cpp
 from .runner import Row
 from .whole import refuse, share_of_twice_eager, whole_row
 
 CHECKED = 192
+ROOM = 1024  # tokens that may be decoded while they are timed
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +128,16 @@ def llama_bench(program: str | None, path: Path, row: Row, prompt: int, tokens: 
     row.ratios[name] = {k: v / ours if k != "count" else v for k, v in row.seconds[name].items()}
 
 
+def in_turn(options: argparse.Namespace, row: Row, ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """llama.cpp's Python bindings on the same weights in bfloat16, in this process; a note on the row where missing."""
+    if options.llama is None:
+        row.left_out["llama.cpp BF16"] = options.no_llama
+        return {}
+    model, prompt = LlamaCpp(options.llama, len(ids) + ROOM), ids.tolist()
+    call = model.decode(prompt) if row.family == "decode" else lambda: model.prefill(prompt)
+    return {"llama.cpp BF16": call}
+
+
 # ---- rows ----
 
 
@@ -140,18 +154,20 @@ def prefill_row(options: argparse.Namespace, model: Transformer, fused: Transfor
     row = whole_row(options, "prefill", f"{length} tokens W{c.sliding_window}", dtype, *counts, "gemm")
     calls = {"ours": prefill(fused, ids), "eager": prefill(model, ids)}
     calls |= {name: their_prefill(other, ids) for name, other in theirs(model, row).items()}
+    calls |= in_turn(options, row, ids)
     return finish(options, row, fused, calls, ids)
 
 
 def decode_row(options: argparse.Namespace, model: Transformer, fused: Transformer, ids: torch.Tensor) -> Row:
-    c, room = model.config, 1024
+    c = model.config
     held = min(len(ids), c.sliding_window or len(ids))
     cache = 2 * c.n_layers * held * c.n_kv_heads * c.head_dim * model.tok_embeddings.weight.element_size()
     dtype = str(model.dtype).removeprefix("torch.")
     counts = ((float(weight_bytes(model) + cache), "weights + cache"), (2.0 * c.parameter_count(), "2 weights"))
     row = whole_row(options, "decode", f"after {len(ids)} tokens W{c.sliding_window}", dtype, *counts, "read")
-    calls = {"ours": decode(fused, ids, room), "eager": decode(model, ids, room)}
+    calls = {"ours": decode(fused, ids, ROOM), "eager": decode(model, ids, ROOM)}
     calls |= {name: their_decode(other, ids) for name, other in theirs(model, row).items()}
+    calls |= in_turn(options, row, ids)
     return finish(options, row, fused, calls, ids)
 
 
@@ -173,6 +189,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     fused = with_ops(model, mistral_kernels)
     text = torch.tensor(load_tokenizer(options.model).encode(long_text())[:2048], device=options.device)
     lengths = (64,) if options.quick else (512, 2048)
-    found = [prefill_row(options, model, fused, text[:n]) for n in lengths]
-    found.append(decode_row(options, model, fused, text[: lengths[0]]))
+    with tempfile.TemporaryDirectory() as folder:
+        files, options.no_llama = files_by_llama_cpp(options.model, Path(folder), ("BF16",))
+        options.llama = files.get("BF16") if options.device == "cpu" else None
+        options.no_llama = options.no_llama or "is timed on CPUs only"
+        found = [prefill_row(options, model, fused, text[:n]) for n in lengths]
+        found.append(decode_row(options, model, fused, text[: lengths[0]]))
     return dict(rows=found, limits=options.limits.source, model=options.model.name)

@@ -1,9 +1,6 @@
 """How fast quantised layers and models are: against the bytes that memory can deliver, torch, and llama.cpp."""
 
-import contextlib
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,10 @@ from mistral.model import Transformer
 
 from . import timing
 from .limits import Limits
+from .llama import LlamaCpp
 
 N, K, MANY = 14336, 4096, 512
 COPIES = 4  # of a weight, taken in turn: together they lie in no cache
-LLAMA_TYPES = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 
 
 # ---- one layer ----
@@ -78,67 +75,6 @@ def many_rows(quick: bool) -> dict[str, Any]:
         operations=2.0 * m * n * K,
         against={k: vars(timing.ratios(seen["ours"], v)) for k, v in seen.items() if k != "ours"},
     )
-
-
-# ---- llama.cpp ----
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """llama.cpp writes to the process's own streams."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
-def files_by_llama_cpp(source: Path, folder: Path) -> tuple[dict[str, Path], str | None]:
-    """GGUF files in types that llama.cpp quantises to, their embedding in Q8_0; or the reason why there are none."""
-    if source.suffix != ".gguf":
-        return {}, "the model is no GGUF file"
-    try:
-        import llama_cpp
-    except ImportError as error:
-        return {}, f"{error}; pip install llama-cpp-python"
-    made = {}
-    for name, kind in LLAMA_TYPES.items():
-        options = llama_cpp.llama_model_quantize_default_params()
-        options.ftype, options.allow_requantize = getattr(llama_cpp, kind), True
-        options.output_tensor_type = options.token_embedding_type = 8  # Q8_0 in ggml's numbering
-        options.pure = True
-        target = folder / f"{name}.gguf"
-        with _silent():
-            failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), options)
-        if failed:
-            return {}, f"llama.cpp could not write {name} (error {failed})"
-        made[name] = target
-    return made, None
-
-
-class LlamaCpp:
-    """A GGUF file under llama.cpp, timed as our models are."""
-
-    def __init__(self, file: Path, context: int):
-        import llama_cpp
-
-        threads = torch.get_num_threads()
-        with _silent():
-            self.model = llama_cpp.Llama(
-                str(file), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
-            )
-
-    def __call__(self, prompt: list[int], count: int) -> tuple[float, float]:
-        self.model.reset()
-        start = time.perf_counter()
-        self.model.eval(prompt)
-        middle = time.perf_counter()
-        for token in prompt[: count - 1]:
-            self.model.eval([token])
-        return middle - start, time.perf_counter() - middle
 
 
 # ---- whole models ----

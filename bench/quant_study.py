@@ -23,6 +23,7 @@ from mistral.tokenizer import load_tokenizer
 from mistral.weights import load_model
 
 from . import plots, quant_accuracy, quant_speed, report
+from .llama import files_by_llama_cpp
 from .machine import facts
 
 MARK = "study"
@@ -75,7 +76,7 @@ def measure(options: argparse.Namespace, size: dict[str, int]) -> dict[str, Any]
     text = load_tokenizer(path).encode(long_text())
     if {"accuracy", "models"} & set(options.parts):
         with tempfile.TemporaryDirectory() as folder:
-            files, reason = quant_speed.files_by_llama_cpp(path, Path(folder))
+            files, reason = files_by_llama_cpp(path, Path(folder), ("Q8_0", "Q4_0"))
             if reason:
                 result["without_llama_cpp"] = reason
             made = {f"{name} by llama.cpp": file for name, file in files.items()}
