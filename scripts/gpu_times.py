@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+GROUPS = {"int8": 0, "w8a8": 0, "int4": 128, "nf4": 64}
 HEAD = """# Times on a GPU
 
 One run of `scripts/gpu_times.py` or, for the shape of Mistral 7B, `scripts/gpu_7b.py` (its `--help` says what its rows
@@ -21,7 +22,8 @@ limits in the same run. On compute capability 9.0 `cuda` forward and backward
 are the kernels with wgmma and TMA; the automatic choice there is `cuda` for the forward of 16-bit inputs with heads
 wider than 64 or at most 2048 queries, and `triton` else. Short kernels wait for their launch from Python, Triton's
 more than CUDA C++'s: where both can run, norms, ring writes and decoding take CUDA C++ on a GPU. A CUDA graph
-(`mistral.graphed`) removes the wait: rows "in a graph".
+(`mistral.graphed`) removes the wait: rows "in a graph". Linear layers on codes are one 4096 by 14336 projection in a
+graph, at 1, 4 and 16 rows by the bytes of codes and scales, at more by the products.
 """
 
 
@@ -101,6 +103,25 @@ def memory_bound(record: Callable) -> None:
                 record(name, lambda f=decode: f(q, k, v, lens, 4096), k.nbytes * 2, "GB", graph)  # noqa: B023
 
 
+def codes(record: Callable) -> None:
+    """A projection of Mistral 7B's MLP on codes: bytes of codes and scales for few rows, products for many."""
+    import torch
+
+    import mistral_kernels as mk
+
+    weight = torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16)
+    stored = {scheme: mk.quantize_weight(weight, scheme, group) for scheme, group in GROUPS.items()}
+    for rows in (1, 4, 16, 512, 4096):
+        x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+        unit, flops = ("TF", 2 * rows * weight.numel()) if rows >= 512 else ("GB", 0)
+        record(f"linear bf16 torch B{rows}", lambda x=x: x @ weight.t(), flops or weight.nbytes, unit, graph=True)
+        for scheme, q in stored.items():
+            amount = flops or q.codes.nbytes + q.scale.nbytes
+            for impl in ("triton", "cuda"):
+                call = lambda x=x, q=q, impl=impl: mk.linear_quantized(x, q, impl=impl)  # noqa: E731
+                record(f"linear {scheme} {impl} B{rows}", call, amount, unit, graph=True)
+
+
 def run(path: Path) -> None:
     import torch
     import triton
@@ -110,7 +131,11 @@ def run(path: Path) -> None:
     facts = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
 
     def record(name: str, work: Callable, amount: float, unit: str, graph: bool = False) -> None:
-        ms = do_bench_cudagraph(work, rep=25) if graph else do_bench(work, warmup=5, rep=25)
+        ms = (
+            do_bench_cudagraph(work, rep=25, return_mode="median")
+            if graph
+            else do_bench(work, warmup=5, rep=25, return_mode="median")
+        )
         found[name] = [round(ms, 4), round(amount / ms / (1e9 if unit == "TF" else 1e6), 1), unit]
         print(name, found[name], flush=True)
         beside = path.with_suffix(".tmp")
@@ -122,6 +147,7 @@ def run(path: Path) -> None:
     y = torch.empty_like(x)
     record("copy", lambda: y.copy_(x), 2 * x.nbytes, "GB")
     record("gemm", lambda: a @ a, 2 * 8192**3, "TF")
+    codes(record)
     attention_curve(record)
     memory_bound(record)
 

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks
-from .._dispatch import Op
+from .._dispatch import Op, always
 from . import reference
 from .modules import Quantized, QuantizedLinear, quantize_
 from .torchao_tensors import from_torchao, to_torchao
@@ -71,8 +71,8 @@ def _sums_fit(x, codes, *_):
 
 
 def _few_rows(x, *_):
-    """Whether these are as many rows as CUDA C++ has a pass over the codes for. Its call then takes less than Triton's
-    launch from Python; of tiles the choice is Triton's, whose shapes are tuned. Neither was timed on a GPU."""
+    """Whether these are as many rows as CUDA C++ has a pass over the codes for: of int8 tiles Triton's are the faster
+    ones (docs/gpu.md)."""
     return x.numel() <= 4 * x.shape[-1]
 
 
@@ -85,7 +85,7 @@ def _op(name: str, eager, weight_of, offset: str = "") -> Op:
         triton=f"quant_linear.triton_kernel:{name}",
         triton_supports=supports,
         cuda=True,
-        cuda_first=_few_rows,
+        cuda_first=_few_rows if weight_of is _int8_of else always,
         cuda_supports=supports,
         setup_context=_save,
         backward=_backward(weight_of),
