@@ -5,10 +5,13 @@
 
 namespace mk {
 
-// Keys and values at equal distances in memory, in order of position.
+// Keys and values at equal distances in memory, in order of position. Codes are read where a sequence is decoded only.
 struct KeySpan {
   const char *k, *v;
   int64_t k_row, k_head, v_row, v_head, count;
+  // Of int8 codes, a scale for each head of a key, in the dtype of the arithmetic; null where k and v hold numbers.
+  const char *k_scale = nullptr, *v_scale = nullptr;
+  int64_t k_scale_row = 0, k_scale_head = 0, v_scale_row = 0, v_scale_head = 0;
 };
 
 constexpr int max_spans = 3;  // the older and the newer part of a ring, and a chunk
@@ -46,6 +49,8 @@ struct AttentionItem {
 constexpr int64_t tile_rows = 96;
 constexpr int64_t tile_heads = 4;
 constexpr int64_t decode_heads = 8;
+// Up to so many rows that share a KV head, keys are read in place; beyond, packing them pays.
+constexpr int64_t decode_rows = 32;
 constexpr int64_t piece_keys = 256;  // the longest piece of a decoded sequence
 
 struct TileSizes {
@@ -76,6 +81,10 @@ struct DecodeKernels {
   Run run[dtypes];
   Join join[dtypes];
 };
+
+static inline bool decoded(const Attention& a, int64_t queries) {
+  return queries * (a.heads / a.kv_heads) <= decode_rows;
+}
 
 // The keys that a query sees are [first_visible, end_visible).
 static inline int64_t first_visible(const Attention& a, const AttentionSequence& s, int64_t query) {

@@ -1,8 +1,10 @@
 // Attention of few queries, read once from where the keys and values lie: the rows that share a KV head (its query
 // heads, times a few queries) share each load. The keys are cut into pieces of a length that the shape alone decides; a
-// piece is read in two passes, so that each row has one softmax a piece.
+// piece is read in two passes, so that each row has one softmax a piece. int8 codes become numbers in registers; their
+// scales multiply the scores, and the probabilities on their way to the values.
 #include "cpu/attention.h"
 #include "cpu/attention_pack.h"
+#include "cpu/codes.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -26,7 +28,7 @@ DecodeSizes sizes(int64_t dim, int64_t rows) {
   using Scalar = typename M::Scalar;
   const int64_t n = round_up(dim, row_unit<M>), all = decode_heads * round_up(rows, row_step);
   return {all * (n / M::step * (int64_t)sizeof(typename M::Word) + score_row<M> * (int64_t)sizeof(Scalar)) +
-              value_tile * n * (int64_t)sizeof(T),
+              2 * score_row<M> * (int64_t)sizeof(Scalar) + value_tile * n * (int64_t)sizeof(T),
           all * (n * (int64_t)sizeof(Scalar) + (int64_t)sizeof(RowState<Scalar>))};
 }
 
@@ -49,9 +51,11 @@ struct Decode {
   int64_t group, rows, all_rows, n, words;
   Scalar scale;
   Word* q;
-  Scalar *scores, *acc;  // the scores become probabilities in place
+  Scalar *scores, *acc;       // the scores become probabilities in place
+  Scalar *k_scale, *v_scale;  // of a head's keys, in the places of their scores
   State* states;
-  T* copy;
+  char* copy;
+  bool codes = false;  // in any of the spans
   Segment segments[max_spans];
 
   Decode(const Attention& a, const AttentionItem& item, char* scratch)
@@ -64,13 +68,16 @@ struct Decode {
     scale = (Scalar)(scaling(a.scale).magnitude * log2_e);
     q = (Word*)scratch;
     scores = (Scalar*)(q + item.heads * all_rows * words);
-    copy = (T*)(scores + item.heads * all_rows * score_row<M>);
+    k_scale = scores + item.heads * all_rows * score_row<M>;
+    v_scale = k_scale + score_row<M>;
+    copy = (char*)(v_scale + score_row<M>);
     acc = (Scalar*)(a.partials + item.partial * a.partial_bytes);
     states = (State*)(acc + item.heads * all_rows * n);
     int64_t begin = 0, place = 0;
     for (int i = 0; i < max_spans; begin += s.spans[i++].count) {
       const int64_t first = most(item.first, begin), last = least(item.last, begin + s.spans[i].count);
       segments[i] = {&s.spans[i], first - begin, first, most(last - first, 0), place};
+      codes |= s.spans[i].k_scale && segments[i].count;
       place = round_up(place + segments[i].count, M::step);
     }
   }
@@ -95,28 +102,29 @@ MK_INLINE void each_rows(const Decode<T>& t, F f) {
   }
 }
 
-// Rows of up to `value_tile` keys that are not whole vectors are copied to a place where zeros follow.
-template <class T>
-MK_INLINE const T* whole_rows(const Decode<T>& t, const T* p, int64_t keys, int64_t& row) {
+// Rows of up to `value_tile` keys that are not whole vectors are copied to a place where zeros follow. K is T or int8.
+template <class T, class K>
+MK_INLINE const K* whole_rows(const Decode<T>& t, const K* p, int64_t keys, int64_t& row) {
   if (t.a.dim == t.n) return p;
+  K* copy = (K*)t.copy;
   for (int64_t i = 0; i < keys; i++) {
-    __builtin_memcpy(t.copy + i * t.n, p + i * row, t.a.dim * sizeof(T));
-    __builtin_memset(t.copy + i * t.n + t.a.dim, 0, (t.n - t.a.dim) * sizeof(T));
+    __builtin_memcpy(copy + i * t.n, p + i * row, t.a.dim * sizeof(K));
+    __builtin_memset(copy + i * t.n + t.a.dim, 0, (t.n - t.a.dim) * sizeof(K));
   }
   row = t.n;
-  return t.copy;
+  return copy;
 }
 
 // Scores of MR rows with `keys` keys, at most width / MR: each dot product is summed across one group of lanes. What
 // lies `ahead` elements farther is read next.
-template <class T, int MR>
-MK_INLINE void row_scores(const Decode<T>& t, const T* k, int64_t k_row, int64_t keys, int64_t row, int64_t place,
+template <class T, int MR, class K>
+MK_INLINE void row_scores(const Decode<T>& t, const K* k, int64_t k_row, int64_t keys, int64_t row, int64_t place,
                           int64_t ahead) {
   using M = typename Decode<T>::M;
   constexpr int group = M::width / MR;
   const typename M::Word* q = t.q + row * t.words;
   typename M::Vec dots[M::width] = {};
-  const T* from[group];
+  const K* from[group];
 #pragma GCC unroll 16
   for (int j = 0; j < group; j++) from[j] = k + least(j, keys - 1) * k_row;
   for (int64_t w = 0; w < t.words; w += M::width) {
@@ -125,12 +133,8 @@ MK_INLINE void row_scores(const Decode<T>& t, const T* k, int64_t k_row, int64_t
     for (int r = 0; r < MR; r++) x[r] = load_words<typename M::Words>(q + r * t.words + w);
 #pragma GCC unroll 16
     for (int j = 0; j < group; j++) {
-      typename M::Words y;
       __builtin_prefetch(from[j] + w * M::step + ahead, 0, 2);
-      if constexpr (M::step == 1)
-        y = load(from[j] + w);
-      else
-        y = load_words<typename M::Words>(from[j] + w * M::step);
+      const typename M::Words y = row_vector<M>(from[j] + w * M::step);
 #pragma GCC unroll 4
       for (int r = 0; r < MR; r++) M::multiply_add(dots[r * group + j], x[r], y);
     }
@@ -143,7 +147,7 @@ MK_INLINE void row_scores(const Decode<T>& t, const T* k, int64_t k_row, int64_t
 }
 
 // The heads take turns every few keys: with [slots, heads, dim] in memory that reads it from front to back.
-template <class T>
+template <class T, class K>
 void segment_scores(const Decode<T>& t, const Segment& s) {
   constexpr int width = Decode<T>::M::width;
   const int64_t step = t.rows == 1 ? width : t.rows == 2 ? width / 2 : width / widest<T>;
@@ -151,7 +155,7 @@ void segment_scores(const Decode<T>& t, const Segment& s) {
     const int64_t keys = least(step, s.count - i);
     for (int64_t head = 0; head < t.item.heads; head++) {
       int64_t k_row = s.span->k_row;
-      const T* k = (const T*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
+      const K* k = (const K*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
       k = whole_rows(t, k, keys, k_row);
       each_rows(t, [&]<int n>(int64_t row, Number<n>) {
         row_scores<T, n>(t, k, k_row, keys, head * t.all_rows + row, s.place + i, key_ahead * s.span->k_row);
@@ -160,22 +164,9 @@ void segment_scores(const Decode<T>& t, const Segment& s) {
   }
 }
 
-// Two keys' values from column d on, as NV vectors of pairs; `odd` may be null for zeros.
-#if MK_BF16
-MK_INLINE vu value_pairs(const bf16* even, const bf16* odd, int n) {
-  typedef uint16_t Wide __attribute__((vector_size(64)));
-  const Wide a = load_words<Wide>(even + n / 2 * 32), b = odd ? load_words<Wide>(odd + n / 2 * 32) : Wide{};
-  if (n % 2)
-    return (vu)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25,
-                                       57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
-  return (vu)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
-                                     11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
-}
-#endif
-
 // acc += P V for MR rows and NV vectors of columns from column d on; `ahead` is the distance in bytes to the next head.
-template <class T, int MR, int NV>
-MK_INLINE void row_values(const Decode<T>& t, const T* v, int64_t v_row, int64_t ahead, int64_t keys, int64_t row,
+template <class T, int MR, int NV, class K>
+MK_INLINE void row_values(const Decode<T>& t, const K* v, int64_t v_row, int64_t ahead, int64_t keys, int64_t row,
                           int64_t place, int64_t d) {
   using M = typename Decode<T>::M;
   constexpr int64_t p_row = score_row<M>;
@@ -184,22 +175,22 @@ MK_INLINE void row_values(const Decode<T>& t, const T* v, int64_t v_row, int64_t
   v += d;
   if constexpr (M::step == 1) {
     multiply<M>(p, p_row, keys, c, [&](int64_t k, int n) {
-      const T* from = v + k * v_row + n * M::width;
+      const K* from = v + k * v_row + n * M::width;
       __builtin_prefetch((const char*)from + ahead, 0, 2);
-      return load(from);
+      return row_vector<M>(from);
     });
   }
 #if MK_BF16
   else {
     const int64_t pairs = keys / 2;
     multiply<M>(p, p_row, pairs, c, [&](int64_t k, int n) {
-      const T *even = v + 2 * k * v_row, *odd = even + v_row;
+      const K *even = v + 2 * k * v_row, *odd = even + v_row;
       __builtin_prefetch((const char*)((n % 2 ? odd : even) + n / 2 * 32) + ahead, 0, 2);
       return value_pairs(even, odd, n);
     });
     if (keys % 2)
       multiply<M>(p + pairs, p_row, 1, c,
-                  [&](int64_t, int n) { return value_pairs(v + 2 * pairs * v_row, nullptr, n); });
+                  [&](int64_t, int n) { return value_pairs(v + 2 * pairs * v_row, (const K*)nullptr, n); });
   }
 #endif
   typename M::Scalar* acc = t.acc + row * t.n + d;
@@ -212,8 +203,8 @@ MK_INLINE void row_values(const Decode<T>& t, const T* v, int64_t v_row, int64_t
     }
 }
 
-template <class T, int MR>
-MK_INLINE void all_columns(const Decode<T>& t, const T* v, int64_t v_row, int64_t ahead, int64_t keys, int64_t row,
+template <class T, int MR, class K>
+MK_INLINE void all_columns(const Decode<T>& t, const K* v, int64_t v_row, int64_t ahead, int64_t keys, int64_t row,
                            int64_t place) {
   using M = typename Decode<T>::M;
   constexpr int64_t wide = strip_vectors * M::width;
@@ -227,19 +218,36 @@ MK_INLINE void all_columns(const Decode<T>& t, const T* v, int64_t v_row, int64_
     if (d < t.n) row_values<T, MR, 1>(t, v, v_row, ahead, keys, row, place, d);
 }
 
-template <class T>
+template <class T, class K>
 void segment_values(const Decode<T>& t, const Segment& s) {
   for (int64_t i = 0; i < s.count; i += value_tile) {
     const int64_t keys = least(value_tile, s.count - i);
     for (int64_t head = 0; head < t.item.heads; head++) {
       int64_t v_row = s.span->v_row;
       const bool last = head + 1 == t.item.heads;
-      const int64_t ahead = (last ? value_tile * v_row - head * s.span->v_head : s.span->v_head) * (int64_t)sizeof(T);
-      const T* v = (const T*)s.span->v + (s.at + i) * v_row + (t.item.head + head) * s.span->v_head;
+      const int64_t ahead = (last ? value_tile * v_row - head * s.span->v_head : s.span->v_head) * (int64_t)sizeof(K);
+      const K* v = (const K*)s.span->v + (s.at + i) * v_row + (t.item.head + head) * s.span->v_head;
       v = whole_rows(t, v, keys, v_row);
       each_rows(t, [&]<int n>(int64_t row, Number<n>) {
         all_columns<T, n>(t, v, v_row, ahead, keys, head * t.all_rows + row, s.place + i);
       });
+    }
+  }
+}
+
+// The scales of a head's keys, 1 where there is none. Between the segments, where probabilities are 0, anything finite.
+template <class T>
+void gather_scales(const Decode<T>& t, int64_t head) {
+  using Scalar = typename Decode<T>::Scalar;
+  for (int64_t i = 0; i < score_row<typename Decode<T>::M>; i++) t.k_scale[i] = t.v_scale[i] = 1;
+  for (const Segment& s : t.segments) {
+    const KeySpan& from = *s.span;
+    if (!from.k_scale) continue;
+    const Scalar* k = (const Scalar*)from.k_scale + s.at * from.k_scale_row + head * from.k_scale_head;
+    const Scalar* v = (const Scalar*)from.v_scale + s.at * from.v_scale_row + head * from.v_scale_head;
+    for (int64_t i = 0; i < s.count; i++) {
+      t.k_scale[s.place + i] = k[i * from.k_scale_row];
+      t.v_scale[s.place + i] = v[i * from.v_scale_row];
     }
   }
 }
@@ -254,13 +262,15 @@ void softmax(const Decode<T>& t, int64_t head, int64_t row) {
   int64_t end = 0;
   for (const Segment& s : t.segments) {
     for (; end < s.place; end++) scores[end] = -INFINITY;
+    if (s.span->k_scale)
+      for (int64_t i = s.place; i < s.place + s.count; i++) scores[i] *= t.k_scale[i];
     mask_row<M>(scores + s.place, s.count, first - s.key, last - s.key);
     end = s.place + s.count;
   }
   const int64_t n = most(round_up(end, 2 * M::width), 2 * M::width);
   for (; end < n; end++) scores[end] = -INFINITY;
   t.states[index] = {-INFINITY, 0};
-  softmax_row<M>(scores, (typename M::Word*)scores, n, t.scale, t.states[index]);
+  softmax_row<M>(scores, (typename M::Word*)scores, n, t.scale, t.states[index], t.codes ? t.v_scale : nullptr);
 }
 
 template <class T>
@@ -278,10 +288,12 @@ template <class T>
 void decode(const Attention& a, const AttentionItem& item, char* scratch) {
   const Decode<T> t(a, item, scratch);
   start(t);
-  for (const Segment& s : t.segments) segment_scores(t, s);
-  for (int64_t head = 0; head < item.heads; head++)
+  for (const Segment& s : t.segments) s.span->k_scale ? segment_scores<T, int8_t>(t, s) : segment_scores<T, T>(t, s);
+  for (int64_t head = 0; head < item.heads; head++) {
+    if (t.codes) gather_scales(t, item.head + head);
     for (int64_t row = 0; row < t.rows; row++) softmax(t, head, row);
-  for (const Segment& s : t.segments) segment_values(t, s);
+  }
+  for (const Segment& s : t.segments) s.span->k_scale ? segment_values<T, int8_t>(t, s) : segment_values<T, T>(t, s);
 }
 
 // The partial results of one row, in the order of the keys.

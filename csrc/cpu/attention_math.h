@@ -119,10 +119,11 @@ struct RowState {
 
 // Online softmax (Milakov and Gimelshein 2018): turns `n` scores, a multiple of two vectors, into probabilities
 // relative to the largest score so far, and returns the factor for what was summed before. Subtracting before scaling
-// makes the largest exactly 1, and with it a window of one key exact.
+// makes the largest exactly 1, and with it a window of one key exact. `weights`, where given, multiply what is stored.
 template <class M>
 MK_INLINE typename M::Scalar softmax_row(const typename M::Scalar* s, typename M::Word* p, int64_t n,
-                                         typename M::Scalar scale, RowState<typename M::Scalar>& state) {
+                                         typename M::Scalar scale, RowState<typename M::Scalar>& state,
+                                         const typename M::Scalar* weights = nullptr) {
   using Scalar = typename M::Scalar;
   using Vec = typename M::Vec;
   constexpr int width = M::width;
@@ -136,10 +137,14 @@ MK_INLINE typename M::Scalar softmax_row(const typename M::Scalar* s, typename M
   const Scalar factor = old == top ? 1 : exp2_scalar((old - base) * scale);
   Vec sum0 = {}, sum1 = {};
   for (int64_t j = 0; j < n; j += 2 * width) {
-    const Vec e0 = exp2_negative<M::degree>((load_words<Vec>(s + j) - base) * scale);
-    const Vec e1 = exp2_negative<M::degree>((load_words<Vec>(s + j + width) - base) * scale);
+    Vec e0 = exp2_negative<M::degree>((load_words<Vec>(s + j) - base) * scale);
+    Vec e1 = exp2_negative<M::degree>((load_words<Vec>(s + j + width) - base) * scale);
     sum0 += e0;
     sum1 += e1;
+    if (weights) {
+      e0 *= load_words<Vec>(weights + j);
+      e1 *= load_words<Vec>(weights + j + width);
+    }
     store_probabilities<M>(p + j / M::step, e0, e1);
   }
   state = {top, state.sum * factor + total<M>(sum0 + sum1)};

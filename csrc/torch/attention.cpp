@@ -1,6 +1,7 @@
 // mistral_kernels::attention and attention_cached on a CPU.
 #include <algorithm>
 
+#include "cpu/kv_codes.h"
 #include "torch/attention_run.h"
 #include "torch/ops.h"
 
@@ -17,12 +18,70 @@ KeySpan span_of(const Tokens& k, const Tokens& v, int64_t b, int64_t first, int6
   return {k.at(b, first), v.at(b, first), k.row, k.head, v.row, v.head, count};
 }
 
-// The ring in order of position: token p lies in slot p % slots, so that the oldest kept one follows the newest.
-void add_ring(AttentionSequence& s, const Tokens& k, const Tokens& v, int64_t b, int64_t seen, int64_t slots) {
-  const int64_t kept = std::min(seen, slots), oldest = seen > slots ? seen % slots : 0;
-  s.spans[0] = span_of(k, v, b, oldest, kept - oldest);
-  s.spans[1] = span_of(k, v, b, 0, oldest);
-  s.keys += kept;
+// The scales of codes [B, slots, Hkv].
+struct Scales {
+  explicit Scales(const Tensor& t)
+      : data(mk::data(t)), size(size_of(dtype_of(t))), batch(t.stride(0)), row(t.stride(1)), head(t.stride(2)) {}
+  const char* at(int64_t b, int64_t slot) const { return data + (b * batch + slot * row) * size; }
+
+  const char* data;
+  int64_t size, batch, row, head;
+};
+
+// The caches of a layer as attention reads them, with scales where they hold codes.
+struct Ring {
+  Ring(const Tensor& k_cache, const Tensor& v_cache, const Maybe& k_scale, const Maybe& v_scale)
+      : k(k_cache), v(v_cache), slots(k_cache.size(1)) {
+    if (!k_scale) return;
+    k_scales.emplace(*k_scale);
+    v_scales.emplace(*v_scale);
+  }
+
+  KeySpan span(int64_t b, int64_t first, int64_t count) const {
+    KeySpan s = span_of(k, v, b, first, count);
+    if (!k_scales) return s;
+    s.k_scale = k_scales->at(b, first), s.k_scale_row = k_scales->row, s.k_scale_head = k_scales->head;
+    s.v_scale = v_scales->at(b, first), s.v_scale_row = v_scales->row, s.v_scale_head = v_scales->head;
+    return s;
+  }
+
+  // The ring in order of position: token p lies in slot p % slots, so that the oldest kept one follows the newest.
+  void add_to(AttentionSequence& s, int64_t b, int64_t seen) const {
+    const int64_t kept = std::min(seen, slots), oldest = seen > slots ? seen % slots : 0;
+    s.spans[0] = span(b, oldest, kept - oldest);
+    s.spans[1] = span(b, 0, oldest);
+    s.keys += kept;
+  }
+
+  Tokens k, v;
+  std::optional<Scales> k_scales, v_scales;
+  int64_t slots;
+};
+
+// What tiles read in place of codes: numbers, rounded as the eager op rounds them, of the keys that are seen.
+void dequantise(const Attention& a, AttentionSequence& s, std::vector<Tensor>& numbers) {
+  const auto dequantise = pick(kv_codes_tiers).dequantise[static_cast<int>(a.dtype)];
+  const int64_t size = size_of(a.dtype), scale_size = size_of(wide(a.dtype)), row = a.kv_heads * a.dim;
+  int64_t begin = 0;
+  const int64_t seen = first_visible(a, s, 0);
+  for (KeySpan& span : s.spans) {
+    const int64_t from = std::clamp<int64_t>(seen - begin, 0, span.count);
+    begin += span.count;
+    if (!span.k_scale) continue;
+    numbers.push_back(empty({2, span.count, row}, a.dtype));
+    char *k = mutable_data(numbers.back()), *v = k + span.count * row * size;
+    in_parallel(span.count - from, grain_rows(row), [&](int64_t first, int64_t last) {
+      for (int64_t i = from + first; i < from + last; i++) {
+        dequantise(reinterpret_cast<const int8_t*>(span.k) + i * span.k_row, span.k_head,
+                   span.k_scale + i * span.k_scale_row * scale_size, span.k_scale_head, a.kv_heads, a.dim,
+                   k + i * row * size);
+        dequantise(reinterpret_cast<const int8_t*>(span.v) + i * span.v_row, span.v_head,
+                   span.v_scale + i * span.v_scale_row * scale_size, span.v_scale_head, a.kv_heads, a.dim,
+                   v + i * row * size);
+      }
+    });
+    span = {k, v, row, a.dim, row, a.dim, span.count};
+  }
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, int64_t window,
@@ -56,34 +115,51 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
   return {out, lse};
 }
 
-}  // namespace
-
-// Results never depend on the rest of the batch, whether that is asked for or not.
-Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& lens_in,
-                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t, bool) {
-  const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in), lens = unit_stride(lens_in);
+Tensor cached(const Tensor& q_in, const Ring& ring, const Tensor& k_cache, const Tensor& lens_in, int64_t window,
+              double scale, const Maybe& k_new, const Maybe& v_new, const Maybe& cu) {
+  const Tensor q = unit_stride(q_in), lens = unit_stride(lens_in);
   const Tensor chunk_k = k_new ? unit_stride(*k_new) : q, chunk_v = v_new ? unit_stride(*v_new) : q;
   Tensor out = empty(q.sizes(), dtype_of(q));
   const bool packed = q.dim() == 3;
-  const int64_t sequences = k.size(0), slots = k.size(1);
-  const Attention a = describe_attention(q, k, window, scale, true);
-  const Tokens tq(q), tk(k), tv(v), tnk(chunk_k), tnv(chunk_v), to(out);
+  const int64_t sequences = k_cache.size(0);
+  const Attention a = describe_attention(q, k_cache, window, scale, true);
+  const Tokens tq(q), tnk(chunk_k), tnv(chunk_v), to(out);
   const int32_t* seen = static_cast<const int32_t*>(lens.const_data_ptr());
   const std::vector<int64_t> starts = packed ? token_starts(cu, sequences, q.size(0)) : std::vector<int64_t>{};
   std::vector<AttentionSequence> all(sequences);
+  std::vector<Tensor> numbers;
   for (int64_t b = 0; b < sequences; b++) {
     AttentionSequence& s = all[b];
     const int64_t dense = packed ? 0 : b, first = packed ? starts[b] : 0;
     s.queries = packed ? starts[b + 1] - first : q.size(1);
     s.q = tq.at(dense, first);
     s.out = const_cast<char*>(to.at(dense, first));
-    add_ring(s, tk, tv, b, std::max<int64_t>(seen[b], 0), slots);
-    if (!k_new) continue;
-    s.spans[2] = span_of(tnk, tnv, dense, first, s.queries);
-    s.keys += s.queries;
+    ring.add_to(s, b, std::max<int64_t>(seen[b], 0));
+    if (k_new) {
+      s.spans[2] = span_of(tnk, tnv, dense, first, s.queries);
+      s.keys += s.queries;
+    }
+    if (ring.k_scales && !decoded(a, s.queries)) dequantise(a, s, numbers);
   }
   run_attention(a, std::move(all));
   return out;
+}
+
+}  // namespace
+
+// Results never depend on the rest of the batch, whether that is asked for or not.
+Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lens,
+                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t, bool) {
+  const Tensor k = unit_stride(k_cache), v = unit_stride(v_cache);
+  return cached(q, Ring(k, v, std::nullopt, std::nullopt), k, lens, window, scale, k_new, v_new, cu);
+}
+
+Tensor attention_cached_int8(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_scale,
+                             const Tensor& v_scale, const Tensor& lens, int64_t window, double scale, Maybe k_new,
+                             Maybe v_new, Maybe cu, int64_t, bool) {
+  check_codes(k_cache, v_cache, k_scale, v_scale, dtype_of(q));
+  const Tensor k = unit_stride(k_cache), v = unit_stride(v_cache);
+  return cached(q, Ring(k, v, k_scale, v_scale), k, lens, window, scale, k_new, v_new, cu);
 }
 
 }  // namespace mk
@@ -91,4 +167,5 @@ Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
   m.impl("attention", TORCH_BOX(&mk::attention));
   m.impl("attention_cached", TORCH_BOX(&mk::attention_cached));
+  m.impl("attention_cached_int8", TORCH_BOX(&mk::attention_cached_int8));
 }

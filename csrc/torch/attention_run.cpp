@@ -9,8 +9,6 @@
 namespace mk {
 namespace {
 
-// Up to so many rows that share a KV head, keys are read in place; beyond, packing them pays.
-constexpr int64_t decode_rows = 32;
 // Memory of the call before, if it was not too large: a fresh block costs a page fault every 4 KB.
 constexpr size_t largest_spare = size_t{64} << 20;
 std::atomic<Memory*> spare{nullptr};
@@ -78,7 +76,7 @@ class Run {
     std::stable_sort(work_.begin(), work_.end(), [](const Work& x, const Work& y) { return x.cost > y.cost; });
   }
 
-  bool decoded(const AttentionSequence& s) const { return s.queries * group_ <= decode_rows; }
+  bool decoded(const AttentionSequence& s) const { return mk::decoded(a_, s.queries); }
 
   void add(const AttentionItem& item, int64_t pieces, int64_t first_partial, double rows, double keys) {
     work_.push_back({item, pieces, joins_, first_partial, rows * keys});
@@ -160,7 +158,7 @@ class Run {
 
 }  // namespace
 
-Tokens::Tokens(const Tensor& t) : data(mk::data(t)), size(size_of(dtype_of(t))) {
+Tokens::Tokens(const Tensor& t) : data(mk::data(t)), size(is_int8(t) ? 1 : size_of(dtype_of(t))) {
   const int64_t dims = t.dim();
   batch = dims == 4 ? t.stride(0) : 0;
   row = t.stride(dims - 3);

@@ -8,7 +8,8 @@
 
 namespace mk {
 
-// Tokens of a dense [B, S, heads, D] or packed [T, heads, D] tensor. Offsets and strides count elements.
+// Tokens of a dense [B, S, heads, D] or packed [T, heads, D] tensor, or codes of these. Offsets and strides count
+// elements.
 struct Tokens {
   explicit Tokens(const Tensor& t);
   // Where token `i` of sequence `b` lies, in a packed tensor simply token `i`.

@@ -23,6 +23,12 @@ Dtype dtype_of(const Tensor& t) {
   STD_TORCH_CHECK(false, "a tensor is of a dtype other than float32, bfloat16, float16 and float64");
 }
 
+bool is_int8(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype == aoti_torch_dtype_int8();
+}
+
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like) {
   const int64_t dims = static_cast<int64_t>(sizes.size());
   int64_t strides[64];

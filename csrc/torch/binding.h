@@ -21,6 +21,9 @@ const Kernels& pick(const Kernels* const (&tiers)[n]) {
 // Throws where the dtype is none of the four.
 Dtype dtype_of(const Tensor& t);
 
+// Whether `t` holds int8 codes.
+bool is_int8(const Tensor& t);
+
 constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::f64 ? 8 : 2; }
 
 // The dtype of statistics such as rstd.

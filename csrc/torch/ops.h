@@ -24,5 +24,12 @@ std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q, const Tensor& k, const
 Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
                         int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t max_q,
                         bool batch_invariant);
+Tensor attention_cached_int8(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_scale,
+                             const Tensor& v_scale, const Tensor& seq_lens, int64_t window, double scale, Maybe k_new,
+                             Maybe v_new, Maybe cu, int64_t max_q, bool batch_invariant);
+
+// Throws unless caches of int8 codes and their scales belong to each other, and to tokens of the dtype.
+void check_codes(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_scale, const Tensor& v_scale,
+                 Dtype dtype);
 
 }  // namespace mk

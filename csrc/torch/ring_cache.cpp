@@ -117,6 +117,20 @@ void write_kv(const Tensor& k_in, const Tensor& v_in, const Tensor& k_cache, con
 
 }  // namespace
 
+void check_codes(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_scale, const Tensor& v_scale,
+                 Dtype dtype) {
+  STD_TORCH_CHECK(is_int8(k_cache) && is_int8(v_cache) && k_cache.dim() == 4 && v_cache.dim() == 4,
+                  "k_cache and v_cache must be int8, [B, slots, Hkv, D]");
+  for (const Tensor* t : {&k_scale, &v_scale})
+    STD_TORCH_CHECK(dtype_of(*t) == wide(dtype) && t->dim() == 3, "k_scale and v_scale must be [B, slots, Hkv] of ",
+                    dtype == Dtype::f64 ? "float64" : "float32");
+  for (int64_t d = 0; d < 4; d++) {
+    const int64_t size = k_cache.size(d);
+    STD_TORCH_CHECK(v_cache.size(d) == size && (d == 3 || (k_scale.size(d) == size && v_scale.size(d) == size)),
+                    "v_cache must be as k_cache, and k_scale and v_scale as its first dimensions");
+  }
+}
+
 std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                          const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions_in,
                                          const Tensor& cos, const Tensor& sin, Maybe cu, bool adjacent) {

@@ -118,7 +118,8 @@ def _attention(q, k_cache, v_cache, k_scale, v_scale, *rest):
 
 
 def make_ops(triton_supports) -> tuple[Op, Op, Op]:
-    """The three ops on codes: write_kv, rope_write_kv, attention_cached; `impl="cpu"` is in torch ops."""
+    """The three ops on codes: write_kv, rope_write_kv, attention_cached. Without the compiled library `impl="cpu"` is
+    in torch ops."""
     write = Op(
         "write_kv_int8(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scale,"
         " Tensor(d!) v_scale, Tensor positions, Tensor? cu) -> ()",
