@@ -288,6 +288,8 @@ class CachedPass:
             biases,
             self.cu_seqlens,
             self.longest,
+            k_scales=self.cache.k_scale,
+            v_scales=self.cache.v_scale,
         )
 
     def last_rows(self, x: torch.Tensor) -> torch.Tensor:

@@ -313,7 +313,6 @@ class Transformer(nn.Module):
     def _decode_step(self, plan: Any) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
         """All layers in one call, for the few tokens of a decode step on a CPU; None where they run one by one."""
         few = isinstance(plan, CachedPass) and plan.write_first and plan.tokens <= DECODE_TOKENS
-        few = few and not plan.cache.k_scale
         if not few or self.ops.decode_layers is None or self.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         weights: list[Any] = []

@@ -216,6 +216,24 @@ def test_decode_over_the_ring(dtype):
             check(cached_case([1] * 4, seen, slots, 6, 2, 64, window, chunk=False), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_over_codes(dtype):
+    for slots, window, heads, dim in ((16, 16, 8, 128), (300, 33, 6, 64), (1500, None, 2, 40), (300, 300, 14, 59)):
+        seen = [1, slots - 1, slots, slots if window is None else 2 * slots + 7]
+        check(cached_case([1] * 4, seen, slots, heads, 2, dim, window, chunk=False, codes=True), dtype)
+    # Codes and a chunk of numbers in one decoded sequence, beside one of tiles.
+    check(cached_case([3, 40, 0, 1], [290, 333, 5, 900], 300, 6, 2, 64, 280, codes=True), dtype)
+
+
+def test_codes_are_read_in_place(tier):
+    made = cached_case([1, 1], [9, 40], 32, 4, 2, 24, 30, chunk=False, codes=True).arguments(torch.float32)
+    expected = mk.attention_cached(**made, impl="cpu")
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        t = made[name]
+        for view in (t.transpose(1, 2).contiguous().transpose(1, 2), torch.stack((t, t), -1)[..., 0]):
+            assert torch.equal(mk.attention_cached(**made | {name: view}, impl="cpu"), expected)
+
+
 def test_lengths_that_lie_are_not_followed():
     q, k, v = (t[0] for t in qkv(20, 20, 4, 2, 64))
     lying = torch.tensor([0, 900, -5, 20], dtype=torch.int32)

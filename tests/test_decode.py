@@ -14,17 +14,17 @@ def model_of(ops=mk, dtype=torch.bfloat16, **changes):
     return Transformer(tiny.config(**changes), ops).to(dtype)
 
 
-def run(model, chunks, one_by_one=False):
-    """Logits of packed passes of these chunk lengths."""
+def run(model, chunks, one_by_one=False, kv_dtype=None):
+    """Logits of packed passes of these chunk lengths, and what they leave in the cache."""
     model.ops.decode_layers = None if one_by_one else mk.decode_layers
-    cache = model.cache(len(chunks[0]), 40)
+    cache = model.cache(len(chunks[0]), 40, kv_dtype=kv_dtype)
     generator = torch.Generator().manual_seed(1)
     outs = []
     with torch.inference_mode():
         for lengths in chunks:
             tokens = torch.randint(model.config.vocab_size, (sum(lengths),), generator=generator)
             outs.append(model(tokens, cache=cache, lengths=lengths))
-    return [*outs, *cache.k, *cache.v]
+    return [*outs, *cache.k, *cache.v, *cache.k_scale, *cache.v_scale]
 
 
 CHUNKS = [[3, 1], [1, 1], [1, 0], [1, 1], [0, 1], [1, 1], [1, 1], [1, 1]]
@@ -32,20 +32,21 @@ CHUNKS = [[3, 1], [1, 1], [1, 0], [1, 1], [0, 1], [1, 1], [1, 1], [1, 1]]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=4), dict(attention_bias=True)])
-def test_equals_op_by_op(one_thread, dtype, changes):
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_equals_op_by_op(one_thread, dtype, changes, kv_dtype):
     model = model_of(dtype=dtype, **changes)
-    together, alone = (run(model, CHUNKS, one) for one in (False, True))
+    together, alone = (run(model, CHUNKS, one, kv_dtype) for one in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.skipif(not testing.isa_tiers(), reason="the C++ kernels are not built")
-def test_the_step_is_taken(one_thread, monkeypatch):
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_the_step_is_taken(one_thread, monkeypatch, kv_dtype):
     calls = []
     model = model_of()
-    run(model, CHUNKS)
     inner = mk.decode_layers
     monkeypatch.setattr(mk, "decode_layers", lambda *a, **k: calls.append(1) or inner(*a, **k))
-    run(model, CHUNKS)
+    run(model, CHUNKS, kv_dtype=kv_dtype)
     assert len(calls) == len(CHUNKS) - 1  # not the chunk of 3, which is attended to before it is written
 
 
@@ -96,7 +97,9 @@ def arguments(dtype=torch.float32):
 def test_opcheck():
     x, weights, k, v, positions, cos, sin, lens = arguments()
     op = torch.ops.mistral_kernels.decode_layers.default
-    torch.library.opcheck(op, (x, weights, [], [], [], k, v, positions, cos, sin, None, lens, 0, 0.4, 1e-5, False, 1))
+    torch.library.opcheck(
+        op, (x, weights, [], [], [], k, v, [], [], positions, cos, sin, None, lens, 0, 0.4, 1e-5, False, 1)
+    )
 
 
 BAD = {

@@ -78,6 +78,40 @@ def test_every_implementation_writes_the_same_bits(impl, dtype, dim):
     assert (eager[0][1] == 99).all() and (eager[2][1] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_instruction_sets_write_the_same_bits(dtype):
+    x = fill((64, 3, 59), seed=3).to(dtype) * torch.logspace(-30, 30, 64)[:, None, None].to(dtype)
+    x[1], x[2, 1], x[3, 0, 7], x[4, 2, 58] = 0, torch.finfo(dtype).smallest_normal / 4, torch.inf, torch.nan
+    x[5, 0] = torch.arange(59) - 29.5  # halves, rounded to even, where the largest is 127
+    x[5, 0, 0] = 127
+    codes, scale = quantise(x)
+    for tier in testing.isa_tiers():
+        for layout in (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)):
+            ring = [layout(t) for t in rings(64, 2, 3, 59, scales=scale.dtype)]
+            with testing.isa(tier):
+                positions = torch.arange(64)[:, None]
+                mk.write_kv(x[:, None], x[:, None], *ring[:2], positions, k_scale=ring[2], v_scale=ring[3], impl="cpu")
+            at = torch.arange(64), torch.arange(64) % 2
+            for found_codes, found_scale in zip(ring[:2], ring[2:], strict=True):
+                assert torch.equal(found_codes[at], codes), tier
+                torch.testing.assert_close(found_scale[at], scale, rtol=0, atol=0, equal_nan=True)
+
+
+def test_torch_ops_stand_in_for_the_library():
+    from mistral_kernels.ring_cache import int8
+
+    made = cached_case([5, 1], [3, 70], 16, 6, 2, 24, 16, codes=True).arguments(torch.float32)
+    rest = (made["seq_lens"], 16, 0.2, made["k_new"], made["v_new"], made["cu_seqlens"], 5, False)
+    caches = [made[n] for n in ("k_cache", "v_cache", "k_scale", "v_scale")]
+    expected = int8.eager_attention(made["q"], *caches, *rest)
+    torch.testing.assert_close(int8._attention(made["q"], *caches, *rest), expected)
+    positions = torch.tensor([3, 4, 5, 6, 7, 70])
+    ours, eager = ([t.clone() for t in caches] for _ in range(2))
+    for write, ring in ((int8._write, ours), (int8._eager_write, eager)):
+        write(made["k_new"], made["v_new"], *ring, positions, made["cu_seqlens"])
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotation_and_write_in_one_are_both_in_turn(impl, dtype, interleaved):

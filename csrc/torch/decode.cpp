@@ -59,45 +59,62 @@ struct Pass {
   int64_t max_q;
 };
 
+// The caches of one layer; the scales of int8 ones, else null.
+struct Rings {
+  const Tensor &k_cache, &v_cache;
+  const Tensor *k_scale, *v_scale;
+};
+
 // Attention reads keys by the heads of the caches: they have to fit those of the weights.
-void check(const Tensor& x, const Layer& w, const Tensor& k_cache, const Tensor& v_cache, const Pass& pass) {
+void check(const Tensor& x, const Layer& w, const Rings& rings, const Pass& pass) {
+  const Tensor &k_cache = rings.k_cache, &v_cache = rings.v_cache;
   STD_TORCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4 && k_cache.numel() == v_cache.numel() &&
                       k_cache.size(1) == v_cache.size(1) && k_cache.size(2) == v_cache.size(2),
                   "a layer's caches must be equal, [B, slots, Hkv, D]");
   const int64_t dim = k_cache.size(3), keys = k_cache.size(2) * dim;
   STD_TORCH_CHECK(dim > 0 && keys > 0 && w[wq].size(0) % keys == 0 && w[wk].size(0) == keys && w[wv].size(0) == keys,
                   "wq, wk and wv must have rows for H, Hkv and Hkv heads of ", dim, ", with ", keys / dim, " for Hkv");
-  STD_TORCH_CHECK(dtype_of(k_cache) == dtype_of(x) && dtype_of(v_cache) == dtype_of(x),
+  STD_TORCH_CHECK(rings.k_scale || (dtype_of(k_cache) == dtype_of(x) && dtype_of(v_cache) == dtype_of(x)),
                   "the caches must have x's dtype");
   STD_TORCH_CHECK(pass.seq_lens.numel() == k_cache.size(0), "seq_lens must be [", k_cache.size(0), "]");
 }
 
-Tensor attend(const Tensor& x, const Layer& w, const Tensor* biases, const Tensor& k_cache, const Tensor& v_cache,
-              const Pass& pass) {
-  check(x, w, k_cache, v_cache, pass);
+Tensor attend(const Tensor& x, const Layer& w, const Tensor* biases, const Rings& rings, const Pass& pass) {
+  check(x, w, rings, pass);
+  const auto& [k_cache, v_cache, k_scale, v_scale] = rings;
   const int64_t tokens = x.size(0), dim = k_cache.size(3);
   const auto project = [&](Weight which) {
     const Tensor all = any_linear(x, w, which, biases ? Maybe(biases[which - wq]) : std::nullopt);
     return as_shape(all, {tokens, all.size(1) / dim, dim});
   };
-  const Tensor v = project(wv);
-  const auto [q, k] = rope_write_kv(project(wq), project(wk), v, k_cache, v_cache, pass.positions, pass.cos, pass.sin,
-                                    pass.cu, pass.adjacent);
-  const Tensor out = attention_cached(q, k_cache, v_cache, pass.seq_lens, pass.window, pass.scale, std::nullopt,
-                                      std::nullopt, pass.cu, pass.max_q, true);
+  const Tensor v = project(wv), q_in = project(wq), k_in = project(wk);
+  Tensor out;
+  if (k_scale) {
+    const auto [q, k] = rope_write_kv_int8(q_in, k_in, v, k_cache, v_cache, *k_scale, *v_scale, pass.positions,
+                                           pass.cos, pass.sin, pass.cu, pass.adjacent);
+    out = attention_cached_int8(q, k_cache, v_cache, *k_scale, *v_scale, pass.seq_lens, pass.window, pass.scale,
+                                std::nullopt, std::nullopt, pass.cu, pass.max_q, true);
+  } else {
+    const auto [q, k] =
+        rope_write_kv(q_in, k_in, v, k_cache, v_cache, pass.positions, pass.cos, pass.sin, pass.cu, pass.adjacent);
+    out = attention_cached(q, k_cache, v_cache, pass.seq_lens, pass.window, pass.scale, std::nullopt, std::nullopt,
+                           pass.cu, pass.max_q, true);
+  }
   return any_linear(as_shape(out, {tokens, w[wq].size(0)}), w, wo, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor> decode_layers(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> scales,
                                          std::vector<int64_t> formats, std::vector<Tensor> biases,
                                          std::vector<Tensor> k_caches, std::vector<Tensor> v_caches,
+                                         std::vector<Tensor> k_scales, std::vector<Tensor> v_scales,
                                          const Tensor& positions, const Tensor& cos, const Tensor& sin, Maybe cu,
                                          const Tensor& seq_lens, int64_t window, double scale, double eps,
                                          bool adjacent, int64_t max_q) {
   const size_t layers = k_caches.size();
   STD_TORCH_CHECK(layers && v_caches.size() == layers && weights.size() == layers * weights_of_layer &&
                       (biases.empty() || biases.size() == layers * biases_of_layer) &&
-                      scales.size() == formats.size() &&
+                      scales.size() == formats.size() && k_scales.size() == v_scales.size() &&
+                      (k_scales.empty() || k_scales.size() == layers) &&
                       (formats.empty() || formats.size() == layers * 2 * linears_of_layer),
                   "each of ", layers, " layers needs two caches, ", int{weights_of_layer}, " weights, and ",
                   biases_of_layer, " biases or none");
@@ -112,8 +129,9 @@ std::tuple<Tensor, Tensor> decode_layers(const Tensor& x, std::vector<Tensor> we
       std::tie(normed, residual, unused) = add_rms_norm(delta, residual, w[attention_norm], eps, true);
     else
       std::tie(normed, unused) = rms_norm(x, w[attention_norm], eps, true);
-    delta = attend(normed, w, biases.empty() ? nullptr : biases.data() + i * biases_of_layer, k_caches[i], v_caches[i],
-                   pass);
+    const bool codes = !k_scales.empty();
+    const Rings rings{k_caches[i], v_caches[i], codes ? &k_scales[i] : nullptr, codes ? &v_scales[i] : nullptr};
+    delta = attend(normed, w, biases.empty() ? nullptr : biases.data() + i * biases_of_layer, rings, pass);
     std::tie(normed, residual, unused) = add_rms_norm(delta, residual, w[ffn_norm], eps, true);
     delta = any_linear(swiglu(any_linear(normed, w, w1, std::nullopt), any_linear(normed, w, w3, std::nullopt)), w, w2,
                        std::nullopt);

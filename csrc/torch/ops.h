@@ -21,6 +21,10 @@ Tensor swiglu(const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
                                          const Tensor& v_cache, const Tensor& positions, const Tensor& cos,
                                          const Tensor& sin, Maybe cu, bool adjacent);
+std::tuple<Tensor, Tensor> rope_write_kv_int8(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                              const Tensor& v_cache, const Tensor& k_scale, const Tensor& v_scale,
+                                              const Tensor& positions, const Tensor& cos, const Tensor& sin, Maybe cu,
+                                              bool adjacent);
 Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
                         int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t max_q,
                         bool batch_invariant);

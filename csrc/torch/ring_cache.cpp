@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/kv_codes.h"
 #include "torch/ops.h"
 #include "torch/rope.h"
 
@@ -47,20 +48,32 @@ std::vector<Target> targets_of(const Positions& positions, int64_t tokens, const
   return targets;
 }
 
-// A cache that tokens are copied into, in place; one whose last dimension is not contiguous through a copy.
+// A cache that tokens are copied into, in place, as codes where it has scales; one whose last dimension is not
+// contiguous through a copy.
 class Ring {
  public:
-  explicit Ring(const Tensor& cache) : cache_(cache), inside_(unit_stride(cache)) {
+  Ring(const Tensor& cache, const Maybe& scale, Dtype dtype)
+      : cache_(cache), inside_(unit_stride(cache)), size_(scale ? 1 : size_of(dtype)) {
     STD_TORCH_CHECK(cache.dim() == 4, "a cache must be [B, slots, Hkv, D]");
-    const int64_t size = size_of(dtype_of(cache));
-    sequence_ = cache_row(0, size), slot_ = cache_row(1, size), head_ = cache_row(2, size);
-    heads_ = cache.size(2), head_bytes_ = cache.size(3) * size;
+    sequence_ = cache_row(0), slot_ = cache_row(1), head_ = cache_row(2);
+    heads_ = cache.size(2), dim_ = cache.size(3), head_bytes_ = dim_ * size_;
     to_ = mutable_data(inside_);
+    if (!scale) return;
+    quantise_ = pick(kv_codes_tiers).quantise[static_cast<int>(dtype)];
+    scale_ = mutable_data(*scale);
+    const int64_t wide_size = size_of(wide(dtype));
+    scale_sequence_ = scale->stride(0) * wide_size, scale_slot_ = scale->stride(1) * wide_size;
+    scale_head_ = scale->stride(2);
   }
 
-  // `head_stride` in bytes.
-  void put(const Target& target, const char* from, int64_t head_stride) const {
+  // `head_stride` counts elements of `from`, which are of `size` bytes.
+  void put(const Target& target, const char* from, int64_t head_stride, int64_t size) const {
     char* to = to_ + target.sequence * sequence_ + target.slot * slot_;
+    if (quantise_) {
+      char* scale = scale_ + target.sequence * scale_sequence_ + target.slot * scale_slot_;
+      return quantise_(from, head_stride, heads_, dim_, reinterpret_cast<int8_t*>(to), head_, scale, scale_head_);
+    }
+    head_stride *= size;
     if (head_stride == head_bytes_ && head_ == head_bytes_) {
       std::memcpy(to, from, heads_ * head_bytes_);
       return;
@@ -73,46 +86,92 @@ class Ring {
   }
 
  private:
-  int64_t cache_row(int64_t d, int64_t size) const { return inside_.stride(d) * size; }
+  int64_t cache_row(int64_t d) const { return inside_.stride(d) * size_; }
 
   Tensor cache_, inside_;
-  char* to_;
-  int64_t sequence_, slot_, head_, heads_, head_bytes_;
+  KvCodesKernels::Quantise quantise_ = nullptr;
+  char *to_, *scale_ = nullptr;
+  int64_t size_, sequence_, slot_, head_, heads_, dim_, head_bytes_;
+  int64_t scale_sequence_ = 0, scale_slot_ = 0, scale_head_ = 0;
 };
 
-void check(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, int64_t tokens,
-           const Tensor& positions) {
+// The caches that one call writes to.
+struct Rings {
+  const Tensor &k_cache, &v_cache;
+  Maybe k_scale, v_scale;  // of int8 caches
+};
+
+void check(const Tensor& k, const Tensor& v, const Rings& rings, int64_t tokens, const Tensor& positions) {
+  const Tensor &k_cache = rings.k_cache, &v_cache = rings.v_cache;
   const Dtype dtype = dtype_of(k);
-  STD_TORCH_CHECK(dtype_of(v) == dtype && dtype_of(k_cache) == dtype && dtype_of(v_cache) == dtype,
-                  "k, v and the caches must be of one dtype");
+  if (rings.k_scale)
+    check_codes(k_cache, v_cache, *rings.k_scale, *rings.v_scale, dtype);
+  else
+    STD_TORCH_CHECK(dtype_of(k_cache) == dtype && dtype_of(v_cache) == dtype, "the caches must be of k's dtype");
+  STD_TORCH_CHECK(dtype_of(v) == dtype, "k and v must be of one dtype");
   STD_TORCH_CHECK(k.dim() == v.dim() && k.numel() == v.numel() && k.size(-2) == k_cache.size(2) &&
                       k.size(-1) == k_cache.size(3) && v_cache.numel() == k_cache.numel(),
                   "k, v and the caches must have the same heads");
   STD_TORCH_CHECK(positions.numel() == tokens, "positions must hold one a token");
 }
 
-void write_kv(const Tensor& k_in, const Tensor& v_in, const Tensor& k_cache, const Tensor& v_cache,
-              const Tensor& positions_in, Maybe cu) {
+void write(const Tensor& k_in, const Tensor& v_in, const Rings& rings, const Tensor& positions_in, const Maybe& cu) {
   const Tensor k = unit_stride(k_in), v = unit_stride(v_in), flat = torch::stable::contiguous(positions_in);
   const Rows<2> rows({&k, &v}, 2);
-  check(k, v, k_cache, v_cache, rows.count(), flat);
-  if (!rows.count() || !k_cache.numel()) return;
-  const auto targets = targets_of(Positions(flat), rows.count(), k_cache, k.dim() == 3, cu);
-  Ring keys(k_cache), values(v_cache);
+  check(k, v, rings, rows.count(), flat);
+  if (!rows.count() || !rings.k_cache.numel()) return;
+  const auto targets = targets_of(Positions(flat), rows.count(), rings.k_cache, k.dim() == 3, cu);
+  const Dtype dtype = dtype_of(k);
+  Ring keys(rings.k_cache, rings.k_scale, dtype), values(rings.v_cache, rings.v_scale, dtype);
   const char *k_from = data(k), *v_from = data(v);
-  const int64_t size = size_of(dtype_of(k)), k_head = k.stride(-2) * size, v_head = v.stride(-2) * size;
+  const int64_t size = size_of(dtype), k_head = k.stride(-2), v_head = v.stride(-2);
   in_parallel(rows.count(), grain_rows(k.size(-2) * k.size(-1)), [&](int64_t begin, int64_t end) {
     rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
       for (int64_t i = 0; i < count; i++) {
         const Target& target = targets[first + i];
         if (target.slot < 0) continue;
-        keys.put(target, k_from + (at[0] + i * rows.stride(0)) * size, k_head);
-        values.put(target, v_from + (at[1] + i * rows.stride(1)) * size, v_head);
+        keys.put(target, k_from + (at[0] + i * rows.stride(0)) * size, k_head, size);
+        values.put(target, v_from + (at[1] + i * rows.stride(1)) * size, v_head, size);
       }
     });
   });
   keys.finish();
   values.finish();
+}
+
+std::tuple<Tensor, Tensor> rotate_and_write(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                            const Rings& rings, const Tensor& positions_in, const Tensor& cos,
+                                            const Tensor& sin, const Maybe& cu, bool adjacent) {
+  const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
+  const Tensor flat = torch::stable::contiguous(positions_in);
+  const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, false);
+  const Rows<3> rows({&q, &k, &v}, 2);
+  check(k, v, rings, rows.count(), flat);
+  const Positions positions(flat);
+  for (int64_t i = 0; i < rows.count(); i++) rotation.check(std::max<int64_t>(positions[i], 0));
+  const auto targets = targets_of(positions, rows.count(), rings.k_cache, k.dim() == 3, cu);
+  const Dtype dtype = dtype_of(k);
+  Ring keys(rings.k_cache, rings.k_scale, dtype), values(rings.v_cache, rings.v_scale, dtype);
+  const char* v_from = data(v);
+  const int64_t size = size_of(dtype), k_head = k.size(-1), v_head = v.stride(-2);
+  in_parallel(rows.count(), rotation.grain(), [&](int64_t begin, int64_t end) {
+    rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t token = first + i;
+        if (positions[token] < 0) {
+          rotation.clear(token);
+          continue;
+        }
+        rotation.rotate(token, positions[token], at[0] + i * rows.stride(0), at[1] + i * rows.stride(1));
+        if (targets[token].slot < 0) continue;
+        keys.put(targets[token], rotation.rotated_k(token), k_head, size);
+        values.put(targets[token], v_from + (at[2] + i * rows.stride(2)) * size, v_head, size);
+      }
+    });
+  });
+  keys.finish();
+  values.finish();
+  return {rotation.q_out, rotation.k_out};
 }
 
 }  // namespace
@@ -131,43 +190,34 @@ void check_codes(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_s
   }
 }
 
-std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                         const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions_in,
-                                         const Tensor& cos, const Tensor& sin, Maybe cu, bool adjacent) {
-  const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
-  const Tensor flat = torch::stable::contiguous(positions_in);
-  const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, false);
-  const Rows<3> rows({&q, &k, &v}, 2);
-  check(k, v, k_cache, v_cache, rows.count(), flat);
-  const Positions positions(flat);
-  for (int64_t i = 0; i < rows.count(); i++) rotation.check(std::max<int64_t>(positions[i], 0));
-  const auto targets = targets_of(positions, rows.count(), k_cache, k.dim() == 3, cu);
-  Ring keys(k_cache), values(v_cache);
-  const char* v_from = data(v);
-  const int64_t size = size_of(dtype_of(k)), k_head = k.size(-1) * size, v_head = v.stride(-2) * size;
-  in_parallel(rows.count(), rotation.grain(), [&](int64_t begin, int64_t end) {
-    rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
-      for (int64_t i = 0; i < count; i++) {
-        const int64_t token = first + i;
-        if (positions[token] < 0) {
-          rotation.clear(token);
-          continue;
-        }
-        rotation.rotate(token, positions[token], at[0] + i * rows.stride(0), at[1] + i * rows.stride(1));
-        if (targets[token].slot < 0) continue;
-        keys.put(targets[token], rotation.rotated_k(token), k_head);
-        values.put(targets[token], v_from + (at[2] + i * rows.stride(2)) * size, v_head);
-      }
-    });
-  });
-  keys.finish();
-  values.finish();
-  return {rotation.q_out, rotation.k_out};
+void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions,
+              Maybe cu) {
+  write(k, v, {k_cache, v_cache, std::nullopt, std::nullopt}, positions, cu);
+}
+
+void write_kv_int8(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                   const Tensor& k_scale, const Tensor& v_scale, const Tensor& positions, Maybe cu) {
+  write(k, v, {k_cache, v_cache, k_scale, v_scale}, positions, cu);
+}
+
+std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                         const Tensor& v_cache, const Tensor& positions, const Tensor& cos,
+                                         const Tensor& sin, Maybe cu, bool adjacent) {
+  return rotate_and_write(q, k, v, {k_cache, v_cache, std::nullopt, std::nullopt}, positions, cos, sin, cu, adjacent);
+}
+
+std::tuple<Tensor, Tensor> rope_write_kv_int8(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                              const Tensor& v_cache, const Tensor& k_scale, const Tensor& v_scale,
+                                              const Tensor& positions, const Tensor& cos, const Tensor& sin, Maybe cu,
+                                              bool adjacent) {
+  return rotate_and_write(q, k, v, {k_cache, v_cache, k_scale, v_scale}, positions, cos, sin, cu, adjacent);
 }
 
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
   m.impl("write_kv", TORCH_BOX(&mk::write_kv));
+  m.impl("write_kv_int8", TORCH_BOX(&mk::write_kv_int8));
   m.impl("rope_write_kv", TORCH_BOX(&mk::rope_write_kv));
+  m.impl("rope_write_kv_int8", TORCH_BOX(&mk::rope_write_kv_int8));
 }

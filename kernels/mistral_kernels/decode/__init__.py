@@ -10,6 +10,7 @@ from .._dispatch import Op
 from ..attention import check_window
 from ..quant_linear import QuantizedWeight
 from ..ring_cache import check_history
+from ..ring_cache.int8 import check_scales
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
 from . import reference
@@ -19,8 +20,9 @@ LINEARS = tuple(i for i, name in enumerate(WEIGHTS) if name.startswith("w"))
 
 _decode_layers = Op(
     "decode_layers(Tensor x, Tensor[] weights, Tensor[] scales, int[] formats, Tensor[] biases,"
-    " Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor positions, Tensor cos, Tensor sin, Tensor? cu,"
-    " Tensor seq_lens, int window, float scale, float eps, bool interleaved, SymInt max_q) -> (Tensor, Tensor)",
+    " Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor(c!)[] k_scales, Tensor(d!)[] v_scales, Tensor positions,"
+    " Tensor cos, Tensor sin, Tensor? cu, Tensor seq_lens, int window, float scale, float eps, bool interleaved,"
+    " SymInt max_q) -> (Tensor, Tensor)",
     eager=reference.decode_layers,
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
@@ -32,6 +34,7 @@ def _check_layers(
     biases: Sequence[torch.Tensor],
     k_caches: Sequence[torch.Tensor],
     v_caches: Sequence[torch.Tensor],
+    codes: bool,
 ) -> None:
     layers = len(k_caches)
     if not layers or len(v_caches) != layers:
@@ -46,9 +49,30 @@ def _check_layers(
         if isinstance(w, QuantizedWeight) and i % len(WEIGHTS) not in LINEARS:
             raise TypeError(f"weights[{i}] is quantised, but {WEIGHTS[i % len(WEIGHTS)]} must be a tensor")
     norm: Any = weights[0]
-    for name, t in (("weights[0]", norm), ("k_caches[0]", k_caches[0]), ("v_caches[0]", v_caches[0])):
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name} is {t.dtype} but x is {x.dtype}; they must be equal")
+    if norm.dtype != x.dtype:
+        raise TypeError(f"weights[0] is {norm.dtype} but x is {x.dtype}; they must be equal")
+    for name, t in (("k_caches[0]", k_caches[0]), ("v_caches[0]", v_caches[0])):
+        if t.dtype != (torch.int8 if codes else x.dtype):
+            why = "k_scales and v_scales are given; it must be int8" if codes else f"x is {x.dtype}; they must be equal"
+            raise TypeError(f"{name} is {t.dtype} but {why}")
+
+
+def _check_scales(
+    k_scales: Sequence[torch.Tensor],
+    v_scales: Sequence[torch.Tensor],
+    k_caches: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+) -> bool:
+    """Whether the caches hold codes."""
+    layers = len(k_caches)
+    if (len(k_scales), len(v_scales)) not in ((0, 0), (layers, layers)):
+        raise ValueError(
+            f"there are {len(k_scales)} k_scales and {len(v_scales)} v_scales for {layers} layers; int8 caches have one"
+            " of each a layer, others none"
+        )
+    for k_scale, v_scale, k_cache in zip(k_scales, v_scales, k_caches, strict=False):
+        check_scales(k_scale, v_scale, k_cache, dtype)
+    return bool(k_scales)
 
 
 def _taken_apart(
@@ -91,6 +115,8 @@ def decode_layers(
     max_seqlen: int | None = None,
     interleaved: bool = False,
     *,
+    k_scales: Sequence[torch.Tensor] = (),
+    v_scales: Sequence[torch.Tensor] = (),
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What all layers of a Mistral-shaped decoder do to new tokens that are written to the ring cache first.
@@ -108,6 +134,7 @@ def decode_layers(
         window, max_seqlen: as in `attention_cached`.
         eps: of the norms.
         biases: of each layer those of wq, wk and wv; empty where there are none.
+        k_scales, v_scales: one `[B, slots, Hkv]` a layer beside int8 caches, as in `rope_write_kv`; written in place.
         impl: None for the fastest that can, or "reference", "cpu".
 
     Returns:
@@ -119,7 +146,8 @@ def decode_layers(
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
     _checks.floating(x=x, cos=cos, sin=sin)
-    _check_layers(x, weights, biases, k_caches, v_caches)
+    codes = _check_scales(k_scales, v_scales, k_caches, x.dtype)
+    _check_layers(x, weights, biases, k_caches, v_caches, codes)
     width, (batch, slots, _, dim) = check_window(window), k_caches[0].shape
     _checks.integral(x.device, POSITION_DTYPES, positions=positions)
     _checks.integral(x.device, (torch.int32,), seq_lens=seq_lens, cu_seqlens=cu_seqlens)
@@ -136,7 +164,8 @@ def decode_layers(
     check_history(seq_lens, slots, width, longest, False)
     table = _checks.accumulate_dtype(x.dtype)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
-    tensors = (list(biases), list(k_caches), list(v_caches), positions, cos, sin, cu_seqlens)
+    rings = (list(k_caches), list(v_caches), list(k_scales), list(v_scales))
+    tensors = (list(biases), *rings, positions, cos, sin, cu_seqlens)
     return _decode_layers(
         impl, x, *_taken_apart(weights, x), *tensors, seq_lens, width, dim**-0.5, float(eps), interleaved, longest
     )

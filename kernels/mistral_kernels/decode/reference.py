@@ -4,6 +4,7 @@ import torch
 
 from ..linear.reference import linear
 from ..quant_linear.reference import linear_int4, linear_int8, linear_nf4, linear_w8a8
+from ..ring_cache import int8
 from ..ring_cache.reference import attention_cached, rope_write_kv
 from ..rms_norm.reference import add_rms_norm, rms_norm
 from ..swiglu.reference import swiglu
@@ -44,6 +45,8 @@ def decode_layers(
     biases: list[torch.Tensor],
     k_caches: list[torch.Tensor],
     v_caches: list[torch.Tensor],
+    k_scales: list[torch.Tensor],
+    v_scales: list[torch.Tensor],
     positions: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -67,8 +70,14 @@ def decode_layers(
         how = (q_how, k_how, v_how)
         heads = (any_linear(normed, w, b, *h) for w, b, h in zip(projections, three, how, strict=True))
         q, k, v = (t.unflatten(-1, (-1, k_cache.shape[-1])) for t in heads)
-        q, _ = rope_write_kv(q, k, v, k_cache, v_cache, positions, cos, sin, cu, interleaved)
-        out = attention_cached(q, k_cache, v_cache, seq_lens, window, scale, None, None, cu, max_q)
+        where, see = (positions, cos, sin, cu, interleaved), (seq_lens, window, scale, None, None, cu, max_q)
+        if k_scales:
+            rings = (k_cache, v_cache, k_scales[i], v_scales[i])
+            q, _ = int8.eager_rope_write(q, k, v, *rings, *where)
+            out = int8.eager_attention(q, *rings, *see)
+        else:
+            q, _ = rope_write_kv(q, k, v, k_cache, v_cache, *where)
+            out = attention_cached(q, k_cache, v_cache, *see)
         delta = any_linear(out.flatten(-2), wo, None, *o_how)
         normed, residual, _ = add_rms_norm(delta, residual, ffn_norm, eps, True)
         gate, up = any_linear(normed, w1, None, *ffn[0]), any_linear(normed, w3, None, *ffn[2])

@@ -61,7 +61,7 @@ def _eager_write(k, v, k_cache, v_cache, k_scale, v_scale, positions, cu):
     reference.write_kv(k_new[..., None], v_new[..., None], k_scale[..., None], v_scale[..., None], positions, cu)
 
 
-def _eager_rope_write(q, k, v, k_cache, v_cache, k_scale, v_scale, positions, cos, sin, cu, interleaved):
+def eager_rope_write(q, k, v, k_cache, v_cache, k_scale, v_scale, positions, cos, sin, cu, interleaved):
     idle = (positions < 0)[..., None, None]
     q, k = reference.rope(q, k, cos, sin, positions.clamp(min=0), interleaved, False)
     q, k = q.masked_fill(idle, 0), k.masked_fill(idle, 0)
@@ -69,7 +69,7 @@ def _eager_rope_write(q, k, v, k_cache, v_cache, k_scale, v_scale, positions, co
     return q, k
 
 
-def _eager_attention(q, k_cache, v_cache, k_scale, v_scale, *rest):
+def eager_attention(q, k_cache, v_cache, k_scale, v_scale, *rest):
     k, v = dequantise(k_cache, k_scale, q.dtype), dequantise(v_cache, v_scale, q.dtype)
     return reference.attention_cached(q, k, v, *rest)
 
@@ -132,7 +132,7 @@ def make_ops(triton_supports) -> tuple[Op, Op, Op]:
         "rope_write_kv_int8(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scale,"
         " Tensor(d!) v_scale, Tensor positions, Tensor cos, Tensor sin, Tensor? cu, bool interleaved)"
         " -> (Tensor, Tensor)",
-        eager=_eager_rope_write,
+        eager=eager_rope_write,
         composite=_rope_write,
         fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
         triton="ring_cache.triton_write:rope_write_kv_int8",
@@ -141,7 +141,7 @@ def make_ops(triton_supports) -> tuple[Op, Op, Op]:
         "attention_cached_int8(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_scale, Tensor v_scale,"
         " Tensor seq_lens, int window, float scale, Tensor? k_new, Tensor? v_new, Tensor? cu, SymInt max_q,"
         " bool batch_invariant) -> Tensor",
-        eager=_eager_attention,
+        eager=eager_attention,
         composite=_attention,
         fake=lambda q, *_: q.new_empty(q.shape),
         triton="ring_cache.triton_attention:attention_cached_int8",
