@@ -34,7 +34,8 @@ kill-test: build ## kill -9 a training run at 30 random moments and resume it
 	$(BIN)/python -m pytest -q --slow tests/test_train.py -k thirty
 
 SANITIZED := tests/test_cpu.py tests/test_cpu_attention.py tests/test_cpu_backward.py \
-	tests/test_cpu_attention_backward.py tests/test_linear.py tests/test_decode.py tests/test_quant_cpu.py
+	tests/test_cpu_attention_backward.py tests/test_linear.py tests/test_decode.py tests/test_quant_cpu.py \
+	tests/test_ring_int8.py
 sanitize: build ## the tests of the C++ kernels under AddressSanitizer
 	$(BIN)/python setup.py -q build_ext --sanitize address --build-lib build/address --build-temp build/temp-address
 	tar -C kernels --exclude='*.so' --exclude=__pycache__ -cf - mistral_kernels | tar -C build/address -xf -
