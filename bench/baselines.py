@@ -1,6 +1,5 @@
 """The peers, each imported late. One that is missing, or cannot run on a device, leaves its reason in `MISSING`."""
 
-import functools
 import importlib
 import math
 from collections.abc import Callable, Iterator
@@ -140,26 +139,21 @@ def sdpa(device: str) -> Iterator[Candidate]:
     yield Candidate("SDPA", prepare, _back)
 
 
-@functools.cache
-def _flex() -> tuple[Any, Any]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch._dynamo.reset()  # a few shapes further on it would run unfused, with all scores in memory
-    return create_block_mask, torch.compile(flex_attention, dynamic=False)
-
-
 def flex(device: str) -> Iterator[Candidate]:
     """FlexAttention, compiled, with a block mask of the window; its keys and values are not repeated."""
 
     def prepare(a: dict[str, Any]) -> Callable[[], Any]:
-        make_mask, run = _flex()
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        # Whole: beyond the limit of recompilations it would run unfused, with all scores in memory.
+        run = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         q, k, v = _heads_first(a, repeat=False)
         window = a["window"] if windowed(a) else k.shape[2]
 
         def seen(_b: Any, _h: Any, i: Any, j: Any) -> Any:
             return (j <= i) & (j > i - window)
 
-        mask = make_mask(seen, None, None, q.shape[2], k.shape[2], device=str(q.device))
+        mask = create_block_mask(seen, None, None, q.shape[2], k.shape[2], device=str(q.device))
         return lambda: run(q, k, v, block_mask=mask, enable_gqa=True)
 
     yield Candidate("FlexAttention", prepare, _back)

@@ -110,6 +110,7 @@ class RowRunner:
     """One row on its way: candidates that were prepared and judged, ready to be timed."""
 
     def __init__(self, bench: Bench, settings: Settings, command: str):
+        torch._dynamo.reset()  # the code of rows before this one counts toward the limit of recompilations
         self.bench, self.settings = bench, settings
         self.row = empty_row(bench, command)
         self.sets = input_sets(bench, bench.arguments(settings.device), settings.device)
