@@ -30,6 +30,11 @@ finetune: build $(STAMPS)/sample ## LoRA, QLoRA and a small new model on Debian'
 	PYTHONPATH=kernels:. $(BIN)/python scripts/debian_corpus.py out/corpus/debian.jsonl
 	PYTHONPATH=kernels:. $(BIN)/python scripts/finetune.py --out out/finetune
 
+.PHONY: training-docs
+training-docs: finetune ## finetune, a step beside Hugging Face's Trainer; docs/training_results.md
+	PYTHONPATH=kernels:. $(BIN)/python scripts/train_speed.py out/train_speed.json --seq-len 2048
+	PYTHONPATH=kernels:. $(BIN)/python scripts/training_docs.py
+
 kill-test: build ## kill -9 a training run at 30 random moments and resume it
 	$(BIN)/python -m pytest -q --slow tests/test_train.py -k thirty
 

@@ -6,6 +6,7 @@ of both and of Hugging Face on the same weights.
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import sys
@@ -117,6 +118,8 @@ def continuations(reference: Transformer, fused: Transformer, prompt: list[int],
 
 def hugging_face(model: Transformer) -> Any:
     """MistralForCausalLM (SDPA attention) on the same weights, or None with the reason printed."""
+    # transformers imports it where it is installed; it lists each of its libraries for GPUs that does not load.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
         import transformers
     except ImportError as error:

@@ -22,8 +22,8 @@ limits in the same run. On compute capability 9.0 `cuda` forward and backward
 are the kernels with wgmma and TMA; the automatic choice there is `cuda` for the forward of 16-bit inputs with heads
 wider than 64 or at most 2048 queries, and `triton` else. Short kernels wait for their launch from Python, Triton's
 more than CUDA C++'s: where both can run, norms, ring writes and decoding take CUDA C++ on a GPU. A CUDA graph
-(`mistral.graphed`) removes the wait: rows "in a graph". Linear layers on codes are one 4096 by 14336 projection in a
-graph, at 1, 4 and 16 rows by the bytes of codes and scales, at more by the products.
+(`mistral.graphed`) removes the wait: rows "in a graph". Linear layers are one 4096 by 14336 projection in a graph,
+in bfloat16 and on codes, at 1, 2, 4 and 16 rows by the bytes of codes and scales, at more by the products.
 """
 
 
@@ -111,10 +111,12 @@ def codes(record: Callable) -> None:
 
     weight = torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16)
     stored = {scheme: mk.quantize_weight(weight, scheme, group) for scheme, group in GROUPS.items()}
-    for rows in (1, 4, 16, 512, 4096):
+    for rows in (1, 2, 4, 16, 512, 4096):
         x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
         unit, flops = ("TF", 2 * rows * weight.numel()) if rows >= 512 else ("GB", 0)
-        record(f"linear bf16 torch B{rows}", lambda x=x: x @ weight.t(), flops or weight.nbytes, unit, graph=True)
+        plain = {"torch": lambda x=x: x @ weight.t(), "cuda": lambda x=x: mk.linear(x, weight, impl="cuda")}
+        for name, call in list(plain.items())[: 2 if rows <= 4 else 1]:
+            record(f"linear bf16 {name} B{rows}", call, flops or weight.nbytes, unit, graph=True)
         for scheme, q in stored.items():
             amount = flops or q.codes.nbytes + q.scale.nbytes
             for impl in ("triton", "cuda"):

@@ -109,6 +109,19 @@ def test_a_window_changes_the_result(dtype):
     assert not torch.equal(windowed, causal) and torch.equal(whole, causal)
 
 
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("n", [96, 264, 600, 1024, 1032, 4096, 5000, 8192])
+def test_a_norm_does_not_depend_on_the_number_of_rows(n, dtype):
+    x, residual = (testing.fill((150, n), seed=i).to(DEVICE, dtype) for i in range(2))
+    weight = testing.fill((n,), seed=2).to(DEVICE, dtype)
+    for few, all_rows in zip(
+        mistral_kernels.add_rms_norm(x[:3], residual[:3], weight, impl="cuda"),
+        mistral_kernels.add_rms_norm(x, residual, weight, impl="cuda"),
+        strict=True,
+    ):
+        assert torch.equal(few, all_rows[:3])
+
+
 def test_backward_runs_in_cuda_too(monkeypatch):
     from mistral_kernels._dispatch import Op
 

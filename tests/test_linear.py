@@ -137,3 +137,14 @@ def test_bad_arguments(name):
 def test_using_triton_leaves_linear_to_choose():
     if mk.backends()["triton"] is None:
         assert mk.using(impl="triton").linear(X, W).shape == (2, 3)
+
+
+def test_a_gpu_takes_the_kernel_for_few_rows_of_a_graph_alone(monkeypatch):
+    from mistral_kernels.linear import _kernel_pays
+
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    few, many = torch.ones(2, 8), torch.ones(3, 8)
+    assert not _kernel_pays("cuda", few) and _kernel_pays("cpu", few)
+    capturing = True
+    assert _kernel_pays("cuda", few) and not _kernel_pays("cuda", many) and not _kernel_pays("xpu", few)

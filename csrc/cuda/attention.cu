@@ -2,31 +2,62 @@
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
 #include "cuda/hopper_attention.h"
+#include "cuda/reduce.cuh"
 
 namespace mk::cuda {
 namespace {
 
-// A warp a token and head: weights of the splits from their lse, and the sum in the order of the splits.
+// Of up to 64 splits, what the two that a lane knows weigh in the sum of a token and head; below 0 where the split saw
+// no key, and left no sum.
+struct SplitWeights {
+  float weight[2], base, sum;
+
+  __device__ __forceinline__ SplitWeights(const Attention& a, int64_t rows, int64_t row) {
+    const int lane = threadIdx.x % 32;
+    float lse[2], largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int split = 32 * i + lane;
+      lse[i] = split < a.splits ? a.split_lse[split * rows + row] : -INFINITY;
+      largest = fmaxf(largest, lse[i]);
+    }
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    base = largest == -INFINITY ? 0.0f : largest;
+#pragma unroll
+    for (int i = 0; i < 2; i++) weight[i] = __expf(lse[i] - base);
+    sum = warp_sum(weight[0] + weight[1]);
+    const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; i++) weight[i] = lse[i] == -INFINITY ? -1.0f : weight[i] * inverse;
+  }
+  // All lanes of the warp ask together.
+  __device__ __forceinline__ float of(int split) const {
+    return __shfl_sync(0xffffffffu, split < 32 ? weight[0] : weight[1], split % 32);
+  }
+};
+
+// A warp a token and head: the sum in the order of the splits.
 template <class T>
 __global__ void __launch_bounds__(attention_threads) combine_kernel(const Attention a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (attention_threads / 32) + threadIdx.x / 32;
   const int64_t rows = a.tokens * a.heads;
   if (row >= rows) return;
-  float largest = -INFINITY, sum = 0;
-  for (int s = 0; s < a.splits; s++) largest = fmaxf(largest, a.split_lse[s * rows + row]);
-  const float base = largest == -INFINITY ? 0.0f : largest;
-  for (int s = 0; s < a.splits; s++) sum += __expf(a.split_lse[s * rows + row] - base);
-  const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
-  for (int column = threadIdx.x % 32 * 4; column < a.dim; column += 128) {
+  const SplitWeights splits(a, rows, row);
+  for (int first = 0; first < a.dim; first += 128) {
+    const int column = first + threadIdx.x % 32 * 4;
+    const float* parts = a.split_out + row * a.dim + min(column, a.dim - 4);
     float4 total = {};
+#pragma unroll 8
     for (int s = 0; s < a.splits; s++) {
-      const float lse = a.split_lse[s * rows + row];
-      if (lse == -INFINITY) continue;  // it saw no key
-      const float weight = __expf(lse - base) * inverse;
-      const float4 part = *reinterpret_cast<const float4*>(a.split_out + (s * rows + row) * a.dim + column);
+      const float4 part = *reinterpret_cast<const float4*>(parts + s * rows * a.dim);  // many at once: of all splits
+      const float weight = splits.of(s);
+      if (weight < 0) continue;
       total.x += part.x * weight, total.y += part.y * weight;
       total.z += part.z * weight, total.w += part.w * weight;
     }
+    if (column >= a.dim) continue;
     T* out = static_cast<T*>(a.out) + row * a.dim + column;
     if constexpr (sizeof(T) == 4)
       *reinterpret_cast<float4*>(out) = total;
@@ -37,7 +68,7 @@ __global__ void __launch_bounds__(attention_threads) combine_kernel(const Attent
   const int64_t token = row / a.heads, length = a.cu_q ? 1 : a.max_q;
   const int head = row % a.heads;
   a.lse[lse_at(a.cu_q != nullptr, a.tokens, a.heads, token / length, length, head, a.cu_q ? token : token % length)] =
-      sum > 0 ? base + logf(sum) : -INFINITY;
+      splits.sum > 0 ? splits.base + logf(splits.sum) : -INFINITY;
 }
 
 }  // namespace

@@ -5,9 +5,10 @@
 namespace mk::cuda {
 namespace {
 
-// Packs of a row that one thread keeps in registers: 64 bytes of a row, so that 1024 threads hold 32768 16-bit elements
-// and a memory read is in flight four times a thread.
-constexpr int packs = 4;
+// Packs of a row that one thread keeps in registers. Of many rows, 64 bytes, so that 1024 threads hold 32768 16-bit
+// elements and a memory read is in flight four times a thread. Of rows that do not fill the device one, since then the
+// time is that of the longest chain of waits; the weight is on its way before the sum is known. The sums are the same.
+constexpr int many_packs = 4, one_pack = 1;
 constexpr int most_threads = 1024;
 // Short rows share a block of so many threads, a warp each.
 constexpr int block_threads = 128;
@@ -55,10 +56,11 @@ __device__ __forceinline__ void add_squares(const Pack<T, V>& pack, S& sum) {
 }
 
 template <class T, class W, int V>
-__device__ __forceinline__ void store_normed(const RmsNorm& a, const Pack<T, V>& pack, float rstd, W* y, int64_t at) {
+__device__ __forceinline__ void store_normed(const RmsNorm& a, const Pack<T, V>& pack, const Pack<W, V>& weight,
+                                             float rstd, W* y, int64_t at) {
   float values[V], by[V];
   pack.get(values);
-  load_values<W, V>(static_cast<const W*>(a.weight) + at, by);
+  weight.get(by);
 #pragma unroll
   for (int e = 0; e < V; e++) {
     const float n = values[e] * rstd;
@@ -69,7 +71,7 @@ __device__ __forceinline__ void store_normed(const RmsNorm& a, const Pack<T, V>&
 
 // blockDim.x threads a row, blockDim.y rows a block. A row longer than the threads' registers is read twice (kLong):
 // the sum of x and its residual from where this very thread has stored it.
-template <class T, class W, int V, bool kLong>
+template <class T, class W, int V, int kPacks, bool kLong>
 __global__ void __launch_bounds__(most_threads) norm_kernel(const RmsNorm a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.sizes.rows) return;
@@ -79,20 +81,23 @@ __global__ void __launch_bounds__(most_threads) norm_kernel(const RmsNorm a) {
   T* total = static_cast<T*>(a.total) + row * a.n;
   W* y = static_cast<W*>(a.y) + row * a.n;
   const int64_t first = static_cast<int64_t>(threadIdx.x) * V, step = static_cast<int64_t>(blockDim.x) * V;
-  typename Sum<T>::type squares = 0;
-  Pack<T, V> kept[packs];
+  const W* weights = static_cast<const W*>(a.weight);
+  typename Sum<T>::type squares[kPacks] = {};
+  Pack<T, V> kept[kPacks];
+  Pack<W, V> weight;
   if constexpr (kLong) {
     for (int64_t at = first; at < a.n; at += step) {
       load_total<T, V>(a, x, residual, total, at, kept[0]);
-      add_squares(kept[0], squares);
+      add_squares(kept[0], squares[0]);
     }
   } else {
+    if (kPacks == one_pack && first < a.n) weight.load(weights + first);
 #pragma unroll
-    for (int i = 0; i < packs; i++)
+    for (int i = 0; i < kPacks; i++)
       if (first + i * step < a.n) load_total<T, V>(a, x, residual, total, first + i * step, kept[i]);
 #pragma unroll
-    for (int i = 0; i < packs; i++)
-      if (first + i * step < a.n) add_squares(kept[i], squares);
+    for (int i = 0; i < kPacks; i++)
+      if (first + i * step < a.n) add_squares(kept[i], squares[i]);
   }
   const auto mean = row_sum(squares) * static_cast<typename Sum<T>::type>(a.inverse_n);
   const float rstd = inverse_root(mean, a.eps);
@@ -101,31 +106,38 @@ __global__ void __launch_bounds__(most_threads) norm_kernel(const RmsNorm a) {
     const T* again = residual ? total : x;
     for (int64_t at = first; at < a.n; at += step) {
       kept[0].load(again + at);
-      store_normed<T, W, V>(a, kept[0], rstd, y, at);
+      weight.load(weights + at);
+      store_normed<T, W, V>(a, kept[0], weight, rstd, y, at);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < packs; i++)
-      if (first + i * step < a.n) store_normed<T, W, V>(a, kept[i], rstd, y, first + i * step);
+    for (int i = 0; i < kPacks; i++)
+      if (first + i * step < a.n) {
+        if (kPacks != one_pack) weight.load(weights + first + i * step);
+        store_normed<T, W, V>(a, kept[i], weight, rstd, y, first + i * step);
+      }
   }
 }
 
 // A power of two of threads that holds a row in registers, a warp at least; 0 where none does.
-int threads_of_row(int64_t n, int width, int most) {
+int threads_of_row(int64_t n, int width) {
   int threads = 32;
-  while (threads <= most && static_cast<int64_t>(threads) * packs * width < n) threads *= 2;
-  return threads <= most ? threads : 0;
+  while (threads <= most_threads && static_cast<int64_t>(threads) * width < n) threads *= 2;
+  return threads <= most_threads ? threads : 0;
 }
 
 template <class T, class W, int V>
 int run_forward(const RmsNorm& a, cudaStream_t stream) {
-  const int needed = threads_of_row(a.n, V, most_threads), threads = needed ? needed : most_threads;
+  const int at_once = a.sizes.rows <= mk_cuda_multiprocessors() ? threads_of_row(a.n, V) : 0;
+  const int needed = at_once ? at_once : threads_of_row(a.n, V * many_packs), threads = needed ? needed : most_threads;
   const int together = threads == 32 ? block_threads / 32 : 1;
   const dim3 block(threads, together), grid((a.sizes.rows + together - 1) / together);
-  if (needed)
-    norm_kernel<T, W, V, false><<<grid, block, 0, stream>>>(a);
+  if (at_once)
+    norm_kernel<T, W, V, one_pack, false><<<grid, block, 0, stream>>>(a);
+  else if (needed)
+    norm_kernel<T, W, V, many_packs, false><<<grid, block, 0, stream>>>(a);
   else
-    norm_kernel<T, W, V, true><<<grid, block, 0, stream>>>(a);
+    norm_kernel<T, W, V, one_pack, true><<<grid, block, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

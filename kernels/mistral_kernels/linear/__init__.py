@@ -1,12 +1,16 @@
 """The linear layer. With few rows, as in decoding, its time is that of reading the weight once."""
 
+import math
+
 import torch
 
 from .. import _checks
 from .._dispatch import Op
 from . import reference
 
-FEW_ROWS = 16  # up to so many the C++ kernel is quicker than torch's matrix product
+# Up to so many rows the kernel is quicker than torch's matrix product.
+FEW_ROWS = {"cpu": 16, "cuda": 2}
+CUDA_ROWS = 4  # what the kernel in CUDA C++ takes
 
 
 def _save(ctx, inputs, output):
@@ -20,10 +24,16 @@ def _gradients(ctx, dy):
     return reference.linear_backward(dy, *ctx.saved_tensors, (needed[0], needed[1], ctx.has_bias and needed[2]))
 
 
+def _cuda_supports(x, weight, bias):
+    return None if math.prod(x.shape[:-1]) <= CUDA_ROWS else f"it takes {CUDA_ROWS} rows at most"
+
+
 _linear = Op(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     eager=reference.linear,
     fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    cuda=True,
+    cuda_supports=_cuda_supports,
     setup_context=_save,
     backward=_gradients,
 )
@@ -45,20 +55,27 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             raise TypeError(f"{name} is {t.dtype} but x is {x.dtype}; they must be equal")
 
 
+def _kernel_pays(kind: str, x: torch.Tensor) -> bool:
+    if x.numel() > FEW_ROWS.get(kind, 0) * x.shape[-1]:
+        return False
+    return kind == "cpu" or (not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing())
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str | None = None
 ) -> torch.Tensor:
     """`x · weightᵀ + bias`, what `torch.nn.functional.linear` means.
 
-    On a CPU with up to 16 rows (all dimensions of x but the last) a kernel reads the weight once, at the speed of
-    the memory; everything else is torch's matrix product, and so are the gradients. Under `torch.autocast` torch's
-    function decides the dtype, and takes the call.
+    On a CPU with up to 16 rows (all dimensions of x but the last), and with up to 2 where a CUDA graph is captured, a
+    kernel reads the weight once, at the speed of the memory; everything else is torch's matrix product, and so are
+    the gradients. Outside a graph the launch from Python would cost a GPU more than the kernel saves. Under
+    `torch.autocast` torch's function decides the dtype, and takes the call.
 
     Args:
         x: `[..., K]`, float32, bfloat16, float16 or float64.
         weight: `[N, K]` of x's dtype; with stride 1 in the last dimension it is read in place.
         bias: `[N]` or None.
-        impl: None for the fastest that can, or "reference", "cpu". There is none in Triton.
+        impl: None for the fastest that can, or "reference", "cpu", "cuda" (up to 4 rows). There is none in Triton.
 
     Returns:
         `[..., N]`, contiguous, in x's dtype: summed in float32 and rounded once.
@@ -74,6 +91,6 @@ def linear(
             return reference.linear(x, weight, bias)
     _checks.floating(x=x, weight=weight, bias=bias)
     _check(x, weight, bias)
-    if impl is None and (kind != "cpu" or x.numel() > FEW_ROWS * x.shape[-1]):
+    if impl is None and not _kernel_pays(kind, x):
         return reference.linear(x, weight, bias)
     return _linear(impl, x, weight, bias)
