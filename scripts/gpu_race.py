@@ -21,8 +21,19 @@ def tensors(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
 
 
+def linear(dtype: torch.dtype) -> None:
+    for rows, depth in ((1, 1000), (3, 1000), (2, 250), (4, 99)):
+        x, weight, bias = (tensors(*s, dtype=dtype) for s in ((rows, depth), (37, depth), (37,)))
+        mk.linear(x, weight, bias, impl="cuda")
+
+
 def elementwise(dtype: torch.dtype) -> None:
-    x, residual, weight = (tensors(*s, dtype=dtype) for s in ((5, 1000), (5, 1000), (1000,)))
+    for rows in (5, 400):  # few take more threads each
+        norms_and_rest(rows, dtype)
+
+
+def norms_and_rest(rows: int, dtype: torch.dtype) -> None:
+    x, residual, weight = (tensors(*s, dtype=dtype) for s in ((rows, 1000), (rows, 1000), (1000,)))
     q, k = tensors(1, 40, 4, 64, dtype=dtype), tensors(1, 40, 2, 64, dtype=dtype)
     cos, sin = mk.rope_table(64, max_positions=64, device="cuda")
     normed, total = ops.add_rms_norm(x, residual, weight, 1e-5)
@@ -55,7 +66,7 @@ def codes(dtype: torch.dtype) -> None:
 
 
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    for part in (elementwise, attention, decoding, codes):
+    for part in (elementwise, attention, decoding, linear, codes):
         part(dtype)
         torch.cuda.synchronize()
         print(part.__name__, dtype, "done", flush=True)
