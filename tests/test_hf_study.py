@@ -11,7 +11,7 @@ from bench import hf_study, report
 from mistral.samples import smollm2_path
 from mistral_kernels.patch import OPS, patch
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.20")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from mistral_kernels.patch import OPS, patch, register_attention, sources, unpatch
 from mistral_kernels.testing import compare, pooled, pooled_max
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.20")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = {

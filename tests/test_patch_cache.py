@@ -7,7 +7,7 @@ from test_patch import make, padding, tokens
 from mistral_kernels.patch import RingCache, patch
 from mistral_kernels.patch.ring import RingLayer
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.20")
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, disable_compile=True)
 

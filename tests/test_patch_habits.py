@@ -11,7 +11,7 @@ from test_patch import FAMILIES, OPS, make, run, tokens
 
 from mistral_kernels.patch import patch, unpatch
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.20")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

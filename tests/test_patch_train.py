@@ -13,7 +13,7 @@ from test_patch import OPS, make, run, tokens
 
 from mistral_kernels.patch import AutoKernelsForCausalLM, apply_kernels, patch, unpatch
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.20")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
