@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from . import _checks, _library
 
 IMPLS = ("reference", "cpu", "cuda", "triton", "flash_attn")
+SHORT_ELEMENTS = 2**23
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -112,6 +114,11 @@ def always(*args: Any) -> bool:
     return True
 
 
+def short(x: torch.Tensor, *args: Any) -> bool:
+    """Whether an elementwise kernel on x is over before Triton's launch from Python is."""
+    return x.numel() <= SHORT_ELEMENTS
+
+
 class Op:
     """One registered torch op with the implementations behind it.
 
@@ -180,7 +187,8 @@ class Op:
             setup = self._setup_context and functools.partial(_set_up, self._setup_context, impl)
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library.library)
             if setup is not None:
-                self._functions[op] = _function(op, setup, backward)
+                run = functools.partial(self._below_autograd, op)
+                self._functions[op] = _function(op._opname, run, setup, backward)
         return op
 
     @functools.cached_property
@@ -204,15 +212,21 @@ class Op:
             return "it has no float64"
         return self._triton_supports(*args)
 
+    @functools.cached_property
+    def _cuda_on_gpu(self) -> str | None:
+        """Why CUDA C++ cannot run on the GPU here, or None; asked once, since the answer takes longer than a launch."""
+        return _cuda_unusable(self.name)
+
     def _cuda_reason(self, args: tuple) -> str | None:
         """Why CUDA C++ cannot run these arguments here, or None."""
         if self._cuda is None:
             return "not written in CUDA C++"
-        if (reason := _cuda_unusable(self.name)) is not None:
-            return reason
         tensors = _tensors(args)
         device = tensors[0].device.type
-        if device != "meta" and not _library.has_kernel(f"{self.name}_cuda", device.upper()):
+        reason = self._cuda_on_gpu if device == "cuda" else _cuda_unusable(self.name)
+        if reason is not None:
+            return reason
+        if device not in ("meta", "cuda") and not _library.has_kernel(f"{self.name}_cuda", device.upper()):
             return f"the inputs are on {device}"
         if any(t.dtype == torch.float64 for t in tensors):
             return "it has no float64"
@@ -234,7 +248,7 @@ class Op:
 
     def like_forward(self, impl: str | None, *args: Any) -> Any:
         """This op, a backward, in the implementation that its forward ran in; where that cannot, the automatic one."""
-        return self(impl if impl is not None and self.reasons(*args)[impl] is None else None, *args)
+        return self(impl if impl is not None and self._reason(impl, args) is None else None, *args)
 
     def _cpu_reason(self, args: tuple) -> str | None:
         if not self._composite:
@@ -246,28 +260,56 @@ class Op:
             return f"the inputs are on {device}"
         return None
 
+    def _reason(self, impl: str, args: tuple) -> str | None:
+        """Why this implementation cannot run these arguments, or None."""
+        if impl == "reference":
+            return None
+        reason: str | None = getattr(self, f"_{impl.removesuffix('_attn')}_reason")(args)
+        return reason
+
     def reasons(self, *args: Any) -> dict[str, str | None]:
         """Each implementation of this op, with None or why it cannot run these arguments."""
-        return {
-            "reference": None,
-            "cpu": self._cpu_reason(args),
-            "cuda": self._cuda_reason(args),
-            "triton": self._triton_reason(args),
-            "flash_attn": self._flash_reason(args),
-        }
+        return {impl: self._reason(impl, args) for impl in IMPLS}
 
     def __call__(self, impl: str | None, *args: Any) -> Any:
         if impl is None:
-            return _call(self._auto, args, self._functions.get(self._auto))
+            return self._call(self._auto, args)
         if impl == "reference":
             return self.eager(*args)
-        reasons = self.reasons(*args) if impl in IMPLS else {}
-        if impl not in IMPLS or reasons[impl] is not None:
-            raise _unusable(self.name, impl, reasons)
+        if impl not in IMPLS or self._reason(impl, args) is not None:
+            raise _unusable(self.name, impl, self.reasons(*args) if impl in IMPLS else {})
         if impl == "flash_attn":
             return getattr(_flash(), str(self._flash))(*args)
-        op = {"triton": self._triton, "cuda": self._cuda}.get(impl, self._auto)
-        return _call(op, args, self._functions.get(op))
+        return self._call({"triton": self._triton, "cuda": self._cuda}.get(impl, self._auto), args)
+
+    def _call(self, op: Any, args: tuple) -> Any:
+        """Calls `op` past its registered autograd, which is Python: alone where nothing is differentiated, else as the
+        function of the same formula. Tracing and torch.func see the registered one."""
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args)
+        ):
+            raise NotImplementedError(f"{op}: forward-mode differentiation (jvp) is not there; impl='reference' has it")
+        if op._schema.is_mutable or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            function = self._functions.get(op)
+            return op(*args) if function is None else function.apply(*args)
+        return self._below_autograd(op, args)
+
+    def _below_autograd(self, op: Any, args: tuple) -> Any:
+        """Runs `op`. On a GPU the dispatcher would come back to `_run_on_gpu`, through a slow door: where nothing else
+        listens, that is called at once."""
+        with torch._C._AutoDispatchBelowAutograd():
+            if op is self._auto and args[0].is_cuda and _nothing_listens(args):
+                return self._run_on_gpu(*args)
+            return op(*args)
+
+
+def _nothing_listens(args: tuple) -> bool:
+    """Whether no mode and no tensor of another class would see a call through the dispatcher."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(type(t) in PLAIN for t in _tensors(args))
 
 
 def _set_up(save: Callable, impl: str | None, ctx: Any, inputs: tuple, output: Any) -> None:
@@ -275,33 +317,17 @@ def _set_up(save: Callable, impl: str | None, ctx: Any, inputs: tuple, output: A
     save(ctx, inputs, output)
 
 
-def _function(op: Any, setup: Callable, backward: Callable) -> Any:
-    """The registered formula as an `autograd.Function` that calls `op` below autograd: half the time of the registered
+def _function(name: str, run: Callable, setup: Callable, backward: Callable) -> Any:
+    """The registered formula as an `autograd.Function` that runs the op below autograd: half the time of the registered
     one, which goes back through the dispatcher in Python."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*args)
+        output = run(args)
         setup(ctx, args, output)
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(op._opname, (torch.autograd.Function,), members)
-
-
-def _call(op: Any, args: tuple, function: Any = None) -> Any:
-    """Calls `op` past its registered autograd, which is Python: alone where nothing is differentiated, else as the
-    `function` of the same formula. Tracing and torch.func see the registered one."""
-    if torch.compiler.is_compiling():
-        return op(*args)
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args)):
-        raise NotImplementedError(f"{op}: forward-mode differentiation (jvp) is not there; impl='reference' has it")
-    if op._schema.is_mutable or torch._C._are_functorch_transforms_active():
-        return op(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return op(*args) if function is None else function.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    return type(name, (torch.autograd.Function,), members)
 
 
 def _unusable(op: str, impl: str, reasons: dict[str, str | None]) -> Exception:

@@ -11,6 +11,7 @@ from . import reference
 
 MAX_TRITON_HEAD_DIM = 256
 MAX_CUDA_HEAD_DIM = 256
+SHORT_QUERIES = 2048
 
 
 def _fake(q, k, v, window, scale, causal, cu_q, cu_k, max_q, max_k):
@@ -40,7 +41,7 @@ def _is_hopper(device: torch.device) -> bool:
 def hopper_first(q: torch.Tensor, max_q: int) -> bool:
     """Whether CUDA C++, which has kernels of its own for compute capability 9.0, is faster than Triton (docs/gpu.md):
     for wide heads, and for short sequences by its shorter launch."""
-    return q.dtype != torch.float32 and (q.shape[-1] > 64 or max_q <= 2048) and _is_hopper(q.device)
+    return q.dtype != torch.float32 and (q.shape[-1] > 64 or max_q <= SHORT_QUERIES) and _is_hopper(q.device)
 
 
 _LENGTHS = "int window, float scale, bool causal, Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k"
@@ -50,6 +51,7 @@ _backward = Op(
     eager=reference.attention_backward,
     fake=lambda dout, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
     cuda=True,
+    cuda_first=lambda dout, dlse, q, *rest: q.shape[-1] <= 128 and rest[-2] <= SHORT_QUERIES and hopper_first(q, 0),
     cuda_supports=lambda dout, dlse, q, *_: cuda_supports(q),
     triton="attention.triton_backward_launch:attention_backward",
     triton_supports=_triton_supports,

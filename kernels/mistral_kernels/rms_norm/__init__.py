@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks
-from .._dispatch import Op, always
+from .._dispatch import Op, always, short
 from . import reference
 
 ROUNDINGS = ("model", "fp32")
@@ -28,6 +28,7 @@ _backward = Op(
     eager=reference.rms_norm_backward,
     fake=_fake_backward,
     cuda=True,
+    cuda_first=short,
     triton="rms_norm.triton_backward:rms_norm_backward",
 )
 _add_backward = Op(
@@ -36,6 +37,7 @@ _add_backward = Op(
     eager=reference.add_rms_norm_backward,
     fake=lambda dy, dtotal, *rest: _fake_backward(dy, *rest),
     cuda=True,
+    cuda_first=short,
     triton="rms_norm.triton_backward:add_rms_norm_backward",
 )
 

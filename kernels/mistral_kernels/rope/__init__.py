@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks
-from .._dispatch import Op
+from .._dispatch import Op, short
 from . import reference
 from .table import rope_table as rope_table
 
@@ -33,6 +33,7 @@ _rope = Op(
     fake=_fake,
     triton="rope.triton_kernel:rope",
     cuda=True,
+    cuda_first=short,
     setup_context=_save,
     backward=_gradients,
 )

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks
-from .._dispatch import Op
+from .._dispatch import Op, always
 from . import reference
 
 
@@ -21,6 +21,7 @@ _backward = Op(
     fake=lambda dy, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
     triton="swiglu.triton_kernel:swiglu_backward",
     cuda=True,
+    cuda_first=always,
 )
 _packed_backward = Op(
     "swiglu_packed_backward(Tensor dy, Tensor gate_up) -> Tensor",
@@ -28,6 +29,7 @@ _packed_backward = Op(
     fake=lambda dy, gate_up: gate_up.new_empty(gate_up.shape),
     triton="swiglu.triton_kernel:swiglu_packed_backward",
     cuda=True,
+    cuda_first=always,
 )
 
 
@@ -41,6 +43,7 @@ _swiglu = Op(
     fake=_fake,
     triton="swiglu.triton_kernel:swiglu",
     cuda=True,
+    cuda_first=always,
     setup_context=_save,
     backward=lambda ctx, dy: _backward.like_forward(ctx.impl, dy, *ctx.saved_tensors),
 )
@@ -50,6 +53,7 @@ _swiglu_packed = Op(
     fake=_fake_packed,
     triton="swiglu.triton_kernel:swiglu_packed",
     cuda=True,
+    cuda_first=always,
     setup_context=_save,
     backward=lambda ctx, dy: _packed_backward.like_forward(ctx.impl, dy, *ctx.saved_tensors),
 )
