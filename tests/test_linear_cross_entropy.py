@@ -276,7 +276,7 @@ import json
 import test_linear_cross_entropy as tests
 given = tests.inputs(tokens=2048, n=32, vocabulary=8192, dtype=tests.torch.float32)
 tests.peak_memory(None, given)  # pays for threads and kernels
-print(json.dumps([tests.peak_memory(impl, given) for impl in (None, "reference")]))
+print(json.dumps([min(tests.peak_memory(impl, given) for _ in range(5)) for impl in (None, "reference")]))
 """
 
 
@@ -284,7 +284,8 @@ print(json.dumps([tests.peak_memory(impl, given) for impl in (None, "reference")
 def test_logits_of_all_tokens_never_exist():
     """2048 tokens by 8192 words are 64 MiB of float32 logits; eager holds three times that, the chunks a fraction.
 
-    In a process of its own: memory that other tests freed would be taken again unseen, or given back meanwhile.
+    In a process of its own: memory that other tests freed would be taken again unseen, or given back meanwhile. The
+    least of five, since what the allocator gives back between two runs is faulted in again by the next.
     """
     command = [sys.executable, "-c", MEASURE]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
@@ -303,3 +304,6 @@ def test_default_chunks():
     assert chunked.rows_of_chunk(98, 32768, 7) == 7
     assert chunked.rows_of_chunk(100, 32768, 700) == 100
     assert chunked.rows_of_chunk(130, 32768, 0) == chunked.rows_of_chunk(130, 32768, 128) == 65
+    assert chunked.rows_of_chunk(2000, 49152, 0, chunked.ON_GPU) == 2000
+    assert chunked.rows_of_chunk(8192, 128256, 0, chunked.ON_GPU) == 2048
+    assert chunked.rows_of_chunk(16384, 32000, 0, chunked.ON_GPU) == 4096

@@ -3,33 +3,46 @@
 The backward forms each chunk's logits again: one product more of the four, for no gradient kept in between.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .._checks import accumulate_dtype
 
-# Logits of a chunk: 2^25 elements are 1024 rows of 32768, enough rows that a product reads its weight at less than
-# memory's speed, and 128 MiB in float32.
-CHUNK_ELEMENTS = 2**25
 MULTIPLE = 128
 
 
-def rows_of_chunk(tokens: int, vocabulary: int, chunk: int) -> int:
-    """At most `chunk`; without one an eighth of the tokens, within 128 rows and what CHUNK_ELEMENTS holds.
+class Limits(NamedTuple):
+    """Of a chunk: its logits at most, and the rows that are worth more than the memory of fewer; else `1 / parts` of
+    the tokens."""
+
+    elements: int
+    rows: int
+    parts: int
+
+
+# 2^25 logits are 1024 rows of 32768, enough rows that a product reads its weight at less than memory's speed, and
+# 128 MiB in float32. A GPU is faster by half with 2048 rows than with 512, for at most 512 MiB (docs/gpu.md).
+ON_CPU, ON_GPU = Limits(2**25, MULTIPLE, 8), Limits(2**28, 2048, 4)
+
+
+def rows_of_chunk(tokens: int, vocabulary: int, chunk: int, limits: Limits = ON_CPU) -> int:
+    """At most `chunk`; without one what the limits say, and 128 rows at least.
 
     The chunks are of one size: in a short last one, products sum in another order, and less exactly.
     """
     if not chunk:
-        most = max(MULTIPLE, CHUNK_ELEMENTS // vocabulary // MULTIPLE * MULTIPLE)
-        chunk = min(most, -(-tokens // (8 * MULTIPLE)) * MULTIPLE)
+        most = max(MULTIPLE, limits.elements // vocabulary // MULTIPLE * MULTIPLE)
+        chunk = min(most, max(limits.rows, -(-tokens // (limits.parts * MULTIPLE)) * MULTIPLE))
     pieces = -(-tokens // max(chunk, 1))
     return -(-tokens // max(pieces, 1))
 
 
-def _spans(tokens: int, vocabulary: int, chunk: int) -> Iterator[slice]:
-    rows = rows_of_chunk(tokens, vocabulary, chunk)
-    return (slice(start, start + rows) for start in range(0, tokens, max(rows, 1)))
+def _spans(hidden: torch.Tensor, weight: torch.Tensor, chunk: int) -> list[slice]:
+    tokens, limits = hidden.shape[0], ON_GPU if hidden.device.type == "cuda" else ON_CPU
+    rows = rows_of_chunk(tokens, weight.shape[0], chunk, limits)
+    return [slice(start, start + rows) for start in range(0, tokens, max(rows, 1))]
 
 
 def _known(labels: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +80,7 @@ def gradient_of_logits(
 def _add_product(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
     """`total += gradientᵀ · hidden`, accumulated and kept in total's float32 (float64)."""
     if gradient.device.type == "cuda" and gradient.dtype != total.dtype:
-        total += torch.mm(gradient.t(), hidden, out_dtype=total.dtype)
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(gradient.t().to(total.dtype), hidden.to(total.dtype))
 
@@ -81,9 +94,8 @@ def forward(
     losses_of: Callable = losses_of_logits,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the reference's; `losses_of` turns a chunk of logits into losses and lse, and may overwrite it."""
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    losses, lse = (hidden.new_empty(tokens, dtype=accumulate_dtype(hidden.dtype)) for _ in range(2))
-    for span in _spans(tokens, vocabulary, chunk):
+    losses, lse = (hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(hidden.dtype)) for _ in range(2))
+    for span in _spans(hidden, weight, chunk):
         logits = torch.nn.functional.linear(hidden[span], weight)
         losses[span], lse[span] = losses_of(logits, labels[span], ignore_index)
     return losses, lse
@@ -103,14 +115,17 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the reference's; the chunks' parts of dweight are summed in float32."""
     dhidden = hidden.new_empty(hidden.shape if of_hidden else 0)
-    shape = weight.shape if of_weight else (0,)
-    total = weight.new_zeros(shape, dtype=accumulate_dtype(weight.dtype))
-    for span in _spans(hidden.shape[0], weight.shape[0], chunk):
+    spans = _spans(hidden, weight, chunk)
+    parts = of_weight and len(spans) != 1
+    total = weight.new_zeros(weight.shape if parts else 0, dtype=accumulate_dtype(weight.dtype))
+    for span in spans:
         logits = torch.nn.functional.linear(hidden[span], weight)
         gradient = gradient_of(logits, labels[span], lse[span], dlosses[span], ignore_index)
         del logits
         if of_hidden:
             torch.mm(gradient.to(hidden.dtype), weight, out=dhidden[span])
+        if of_weight and not parts:  # one product, whose own sum is in float32
+            return dhidden, torch.mm(gradient.t().to(hidden.dtype), hidden)
         if of_weight:
             _add_product(total, gradient, hidden[span])
     return dhidden, total.to(weight.dtype)
