@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import mistral_kernels as mk
 from mistral_kernels import testing
-from mistral_kernels.linear_cross_entropy import chunked
-from mistral_kernels.testing import fill
+from mistral_kernels.linear_cross_entropy import chunked, reference
+from mistral_kernels.testing import fill, linear_cross_entropy_case
 
 IMPLS = [None, "reference", "cpu", "triton"]
 CASES = [c for c in testing.cases() if c.op == "linear_cross_entropy"]
@@ -115,8 +115,8 @@ def test_only_the_gradient_that_is_needed(impl, frozen):
     with mock.patch.object(chunked, "_add_product", wraps=chunked._add_product) as products:
         loss = mk.linear_cross_entropy(**made, chunk=9, impl=impl)
         torch.testing.assert_close(gradients(loss, made[other])[0], expected)
-    if impl != "reference":
-        assert products.call_count == (3 if other == "weight" else 0)
+    composite = impl == "triton" or (impl != "reference" and not testing.isa_tiers())
+    assert products.call_count == (3 if composite and other == "weight" else 0)
 
 
 def test_layouts(impl):
@@ -157,8 +157,6 @@ def test_label_outside_the_vocabulary_on_a_device_is_nan(run):
     elif run == "torch":
         forward, backward = chunked.forward, chunked.backward
     else:
-        from mistral_kernels.linear_cross_entropy import reference
-
         forward, backward = reference.linear_cross_entropy, reference.linear_cross_entropy_backward
     hidden, weight, _ = inputs(tokens=4, dtype=torch.float32, grad=False)
     labels = torch.tensor([1, 50, -1, -100])
@@ -206,11 +204,202 @@ def test_bad_arguments(name):
         call()
 
 
+# ---- the composite, which stands in for the C++ kernels where they are not built ----
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_composite_is_the_reference(dtype, chunk):
+    hidden, weight, labels = inputs(dtype=dtype, grad=False)
+    labels[3:9] = -100
+    expected = reference.linear_cross_entropy(hidden, weight, labels, -100, 0)
+    torch.testing.assert_close(chunked.forward(hidden, weight, labels, -100, chunk), expected)
+    given = (fill((23,), seed=4).to(expected[1]), hidden, weight, labels, expected[1], -100, chunk, True, True)
+    # The reference rounds the gradient of the logits before its products.
+    how = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(chunked.backward(*given), reference.linear_cross_entropy_backward(*given), **how)
+
+
+# ---- the C++ kernels on every instruction set ----
+
+compiled = pytest.mark.skipif(not testing.isa_tiers(), reason="the C++ kernels are not built")
+FORWARD = torch.ops.mistral_kernels.linear_cross_entropy.default
+BACKWARD = torch.ops.mistral_kernels.linear_cross_entropy_backward.default
+
+
+@pytest.fixture(params=testing.isa_tiers())
+def tier(request):
+    with testing.isa(request.param):
+        yield request.param
+
+
+def shapes():
+    """Words around vectors, pairs and sums, columns around panels, rows around strips; a chunk makes many blocks."""
+    for i, words in enumerate((1, 2, 7, 16, 33, 63, 1000, 1025, 5125)):
+        for n in (1, 24, 75):
+            yield linear_cross_entropy_case((1 + (5 * i + n) % 14, n), words, "none", ignored=3)
+    for rows, n, words, chunk in ((23, 24, 1000, 1), (23, 75, 1000, 2), (13, 136, 5125, 3), (40, 48, 331, 7)):
+        yield linear_cross_entropy_case((rows, n), words, "mean", ignored=5, chunk=chunk)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_cpu_parity(tier, dtype):
+    errors = []
+    for i, case in enumerate(shapes()):
+        kind = testing.KINDS[i % len(testing.KINDS)]
+        errors += testing.parity(case, dtype, "cpu", kind=kind, gradients=True)
+    assert testing.pooled_max(errors) <= 1 and testing.pooled(errors) <= 1, errors
+
+
+@compiled
+def test_cpu_float64(tier):
+    hidden, weight, labels = inputs(tokens=29, n=40, vocabulary=1027)
+    labels[::4] = -100
+    for chunk in (None, 2):
+        loss = mk.linear_cross_entropy(hidden, weight, labels, chunk=chunk, impl="cpu")
+        theirs = torch_loss(hidden, weight, labels)
+        torch.testing.assert_close(loss, theirs)
+        for a, b in zip(gradients(loss, hidden, weight), gradients(theirs, hidden, weight), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def whole_numbers(shape, seed, dtype):
+    """Whose products are exact in every order of summation."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_sums_over_many_blocks_of_words(tier, dtype):
+    """dhidden of blocks, packed whole and in parts, is that of the whole vocabulary."""
+    for tokens, n, words in ((520, 8, 600), (3, 6000, 1600), (7, 100, 130)):
+        hidden, weight = whole_numbers((tokens, n), 0, dtype) / 8, whole_numbers((words, n), 1, dtype) / 8
+        labels = torch.arange(tokens) % words
+        lse = FORWARD(hidden, weight, labels, -100, 0)[1]
+        given = (fill((tokens,)).float(), hidden, weight, labels, lse, -100)
+        expected = BACKWARD(*(t.double() if t.is_floating_point() else t for t in given[:5]), -100, 0, True, True)
+        for chunk in (0, tokens * 2 // 3, max(1, tokens // 40)):
+            for got, truth in zip(BACKWARD(*given, chunk, True, True), expected, strict=True):
+                tolerance = max(4 * torch.finfo(dtype).eps, 5e-6) * truth.abs().max().item()
+                torch.testing.assert_close(got.double(), truth, rtol=0, atol=tolerance)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_threads_and_layouts_change_nothing(tier, dtype):
+    """Of dweight, and of dhidden but for bf16 in pairs, the order of the sums is torch's."""
+    hidden, weight = whole_numbers((203, 75), 0, dtype), whole_numbers((1003, 75), 1, dtype)
+    labels, seed = torch.arange(203) * 4, fill((203,)).float()
+    wide_hidden, wide_weight = torch.full((203, 90), torch.nan).to(dtype), torch.full((1003, 80), torch.nan).to(dtype)
+    wide_hidden[:, 5:80], wide_weight[:, 3:78] = hidden, weight
+    own = tier == "avx512bf16" and dtype == torch.bfloat16
+    layouts = (
+        (hidden, weight),
+        (wide_hidden[:, 5:80], wide_weight[:, 3:78]),
+        (hidden.t().contiguous().t(), weight.t().contiguous().t()),
+    )
+    before = torch.get_num_threads()
+    for h, w in layouts:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            try:
+                losses, lse = FORWARD(h, w, labels, -100, 50)
+                dhidden, dweight = BACKWARD(seed, h, w, labels, lse, -100, 50, True, True)
+            finally:
+                torch.set_num_threads(before)
+            if h is hidden and threads == 1:
+                expected = losses, lse, dhidden, dweight
+            assert torch.equal(losses, expected[0]) and torch.equal(lse, expected[1])
+            assert torch.equal(dhidden, expected[2]) or not own
+            torch.testing.assert_close((dhidden, dweight), expected[2:], rtol=1e-2, atol=1e-2)
+
+
+INF, NAN = math.inf, math.nan
+LOGITS = {
+    "all words −inf": [-INF] * 70,
+    "words −inf, then few that are small": [-INF] * 65 + [-1000.0, -1001.0, -999.0, -1004.0, -1000.0],
+    "words that rise far": [-3e4, -2e4, -1e3, 0.0, 5e2, 2e4, 3e4] * 10,
+    "words that fall far": [3e4, 2e4, -1e3, 0.0, 5e2, -2e4, -3e4] * 10,
+    "inf": [-1e3] * 30 + [INF] + [2e4] * 39,
+    "inf first": [INF, -INF, 1.0, 2.0, -5.0] * 14,
+    "inf among −inf": [-INF] * 40 + [INF] + [-INF] * 29,
+    "nan": [0.0] * 33 + [NAN] + [1.0] * 36,
+    "nan before inf": [NAN] + [INF, 1.0, 2.0] * 23,
+    "nan behind −inf": [-INF] * 69 + [NAN],
+    "nan in the vector's end": [1.0] * 67 + [NAN, 2.0, 3.0],
+}
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [*testing.DTYPES, torch.float64])
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_that_are_not_finite(tier, name, dtype):
+    """hidden is 1, so that the weight is the logits, and dweight of one token their gradient."""
+    weight, hidden = torch.tensor(LOGITS[name]).to(dtype)[:, None], torch.ones(1, 1, dtype=dtype)
+    for label in (0, 33, 64, 69, -100, 70, -1):
+        labels = torch.tensor([label])
+        expected = reference.linear_cross_entropy(hidden, weight, labels, -100, 0)
+        seed = torch.full_like(expected[0], 0.5)
+        given = (seed, hidden, weight, labels, expected[1], -100)
+        _, gradient = reference.linear_cross_entropy_backward(*given, 0, False, True)
+        got = FORWARD(hidden, weight, labels, -100, 0)
+        # Eager's losses are the difference of float32 of up to 3e4.
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-6, atol=4e-3)
+        torch.testing.assert_close(BACKWARD(*given, 0, False, True)[1], gradient, equal_nan=True)
+        # Blocks of words: tokens that all say the same, of which a chunk is one.
+        for tokens in (2, 5, 70):
+            many = FORWARD(hidden.expand(tokens, 1), weight, labels.expand(tokens), -100, 1)
+            torch.testing.assert_close(many, tuple(t.expand(tokens) for t in got), equal_nan=True)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_labels(tier, dtype):
+    """Ignored, at the ends of the vocabulary and of blocks, and outside; an ignored one may lie in the vocabulary."""
+    labels = torch.tensor([0, 1, 42, 43, 999, 1000, -1, -100, 7, 7])
+    hidden, weight, _ = inputs(tokens=10, n=24, vocabulary=1000, dtype=dtype, grad=False)
+    for ignored in (-100, 7, 1000):
+        for chunk in (0, 1):
+            expected = reference.linear_cross_entropy(hidden, weight, labels, ignored, 0)
+            losses, lse = FORWARD(hidden, weight, labels, ignored, chunk)
+            torch.testing.assert_close((losses, lse), expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+            given = (torch.ones(10), hidden, weight, labels, lse, ignored, chunk, True, False)
+            dhidden, dweight = BACKWARD(*given)
+            theirs = reference.linear_cross_entropy_backward(*given)[0]
+            torch.testing.assert_close(dhidden, theirs, equal_nan=True, rtol=2e-2, atol=2e-2)
+            assert (dhidden[labels == ignored] == 0).all() and dweight.shape == (0,)
+
+
+@compiled
+def test_few_and_none(tier):
+    for tokens, n, words in ((0, 16, 50), (3, 0, 9), (0, 0, 1), (1, 1, 1)):
+        hidden, weight = torch.ones(tokens, n).bfloat16(), torch.ones(words, n).bfloat16()
+        labels = torch.zeros(tokens, dtype=torch.int64)
+        losses, lse = FORWARD(hidden, weight, labels, -100, 1)
+        torch.testing.assert_close(losses, torch.full((tokens,), math.log(words)))
+        dhidden, dweight = BACKWARD(torch.ones(tokens), hidden, weight, labels, lse, -100, 1, True, True)
+        assert dhidden.shape == hidden.shape and dweight.shape == weight.shape
+        assert (dhidden == 0).all() and (dweight == 0).all()
+
+
+@compiled
+def test_wrong_tensors_are_told():
+    hidden, weight, labels = inputs(dtype=torch.float32, grad=False)
+    lse = torch.ones(23)
+    for wrong in ((hidden[:, :3], weight, labels), (hidden, weight, labels.int()), (hidden, weight.double(), labels)):
+        with pytest.raises(RuntimeError, match="must be"):
+            FORWARD(*wrong, -100, 0)
+    for dlosses in (lse.double(), lse[:4]):
+        with pytest.raises(RuntimeError, match="dlosses and lse must be"):
+            BACKWARD(dlosses, hidden, weight, labels, lse, -100, 0, True, True)
+
+
 # ---- torch ----
 
 
 @pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_cross_entropy_triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_opcheck(op, dtype):
     if op.endswith("triton") and mk.backends()["triton"] is not None:
         pytest.skip(mk.backends()["triton"])
