@@ -356,10 +356,13 @@ def test_logits_that_are_not_finite(tier, name, dtype):
 @compiled
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 def test_labels(tier, dtype):
-    """Ignored, at the ends of the vocabulary and of blocks, and outside; an ignored one may lie in the vocabulary."""
-    labels = torch.tensor([0, 1, 42, 43, 999, 1000, -1, -100, 7, 7])
-    hidden, weight, _ = inputs(tokens=10, n=24, vocabulary=1000, dtype=dtype, grad=False)
-    for ignored in (-100, 7, 1000):
+    """Ignored, at the ends of the vocabulary and of blocks of 101 words, and outside; an ignored one may lie inside.
+
+    Rows of NaN follow upon others: where words are odd, the pair of a row's last one is the next row's first.
+    """
+    labels = torch.tensor([0, 100, 101, 1009, 1010, 7, -1, -100, 7, 1008])
+    hidden, weight, _ = inputs(tokens=10, n=24, vocabulary=1010, dtype=dtype, grad=False)
+    for ignored in (-100, 7, 1010):
         for chunk in (0, 1):
             expected = reference.linear_cross_entropy(hidden, weight, labels, ignored, 0)
             losses, lse = FORWARD(hidden, weight, labels, ignored, chunk)
