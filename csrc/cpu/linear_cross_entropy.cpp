@@ -144,8 +144,8 @@ void pack(const void* b, int64_t b_row, int64_t k, int64_t n, int64_t first, int
       for (int v = 0; v < NV; v++) {
         const int64_t at = c + v * lanes;
         if (at + lanes <= n)
-          store_words(to + v * lanes, widen(load_words<vh>(even + at)) |
-                                          (odd ? widen(load_words<vh>(odd + at)) << 16 : vu{}));
+          store_words(to + v * lanes,
+                      widen(load_words<vh>(even + at)) | (odd ? widen(load_words<vh>(odd + at)) << 16 : vu{}));
         else
           store_words(to + v * lanes, raw(even + at, n - at) | (odd ? raw(odd + at, n - at) << 16 : vu{}));
       }
@@ -205,8 +205,8 @@ void multiply(const PairProduct& p) {
           copy_rows(rows, p.k - 2 * k, copy);
           for (int r = 0; r < pair_strip; r++) rows[r] = copy[r];
         }
-        strip<NV>(rows, steps, (const M::Word*)p.b + c * words + k * NV * lanes, p.out + row * p.columns + c,
-                  p.columns, p.fresh && k == 0);
+        strip<NV>(rows, steps, (const M::Word*)p.b + c * words + k * NV * lanes, p.out + row * p.columns + c, p.columns,
+                  p.fresh && k == 0);
       }
     });
   }

@@ -117,7 +117,8 @@ def linear_cross_entropy(
         ignore_index: the label of tokens without loss and gradient.
         reduction: "mean" over the tokens that are not ignored, "sum", or "none".
         num_items: what "mean" divides by instead: the tokens of all micro-batches, where gradients are accumulated.
-        chunk: tokens at a time, at most; None for a size by V and T. It changes results by rounding only.
+        chunk: of so many tokens logits exist at a time, at most, or in C++ as many logits of fewer words of all tokens;
+            None for a size by V and T. It changes results by rounding only.
         impl: None for the fastest that can, or "reference" (the whole logits), "cpu", "triton".
 
     Returns:
