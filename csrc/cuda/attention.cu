@@ -10,31 +10,28 @@ namespace {
 // Of up to 64 splits, what the two that a lane knows weigh in the sum of a token and head; below 0 where the split saw
 // no key, and left no sum.
 struct SplitWeights {
-  float weight[2], base, sum;
+  float low, high, base, sum;  // of splits below 32 and from there on; scalars, since an array would lie in memory
 
   __device__ __forceinline__ SplitWeights(const Attention& a, int64_t rows, int64_t row) {
     const int lane = threadIdx.x % 32;
-    float lse[2], largest = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int split = 32 * i + lane;
-      lse[i] = split < a.splits ? a.split_lse[split * rows + row] : -INFINITY;
-      largest = fmaxf(largest, lse[i]);
-    }
+    const float low_lse = lane < a.splits ? a.split_lse[lane * rows + row] : -INFINITY;
+    const float high_lse = 32 + lane < a.splits ? a.split_lse[(32 + lane) * rows + row] : -INFINITY;
+    float largest = fmaxf(low_lse, high_lse);
 #pragma unroll
     for (int distance = 16; distance; distance /= 2)
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
     base = largest == -INFINITY ? 0.0f : largest;
-#pragma unroll
-    for (int i = 0; i < 2; i++) weight[i] = __expf(lse[i] - base);
-    sum = warp_sum(weight[0] + weight[1]);
+    low = __expf(low_lse - base), high = __expf(high_lse - base);
+    sum = warp_sum(low + high);
     const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2; i++) weight[i] = lse[i] == -INFINITY ? -1.0f : weight[i] * inverse;
+    low = low_lse == -INFINITY ? -1.0f : low * inverse;
+    high = high_lse == -INFINITY ? -1.0f : high * inverse;
   }
   // All lanes of the warp ask together.
   __device__ __forceinline__ float of(int split) const {
-    return __shfl_sync(0xffffffffu, split < 32 ? weight[0] : weight[1], split % 32);
+    const float of_low = __shfl_sync(0xffffffffu, low, split % 32),
+                of_high = __shfl_sync(0xffffffffu, high, split % 32);
+    return split < 32 ? of_low : of_high;
   }
 };
 
