@@ -161,7 +161,7 @@ class BuildLibrary(build_ext):
         if reason is not None:
             self.warn(f"mistral_kernels is built WITHOUT its C++ kernels: {reason}")
             return
-        folder, torch, cuda = (ROOT / self.build_temp).resolve(), find_torch(), None if self.sanitize else find_cuda()
+        folder, torch, cuda = self.objects_folder(), find_torch(), None if self.sanitize else find_cuda()
         if cuda is None and not self.sanitize:
             self.warn("mistral_kernels is built WITHOUT its CUDA C++ kernels: nvcc is not found (docs/cuda.md)")
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -169,6 +169,13 @@ class BuildLibrary(build_ext):
             path.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(torch, cuda, folder, output, self.sanitize))
         subprocess.run([find_ninja(), "-C", str(folder), f"-j{jobs()}"], check=True)
+
+    def objects_folder(self) -> Path:
+        """Where objects are kept. An editable installation names a fresh temporary folder, where everything would be
+        compiled once more: it takes the one of `build_ext --inplace`."""
+        build = self.get_finalized_command("build")
+        usual = f"{build.build_base}/temp.{build.plat_name}-{sys.implementation.cache_tag}"
+        return (ROOT / (usual if self.editable_mode else self.build_temp)).resolve()
 
     def copy_extensions_to_source(self) -> None:
         if missing_tool() is None:
