@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from .log import replace_text
 
@@ -32,7 +33,9 @@ def profiled(step: Callable[[], dict[str, Any]], path: Path | None, device: torc
     taken: list[tuple[str, float, int]] = []
     for event in profile.key_averages():
         micro = event.self_device_time_total if gpu else event.self_cpu_time_total
-        if micro > 0:
+        # Beside the kernels stand the operations and annotations around them, with the same time once more.
+        kernel = event.device_type != DeviceType.CPU and not getattr(event, "is_user_annotation", False)
+        if micro > 0 and (kernel or not gpu):
             taken.append((event.key, micro / 1e6, event.count))
     taken.sort(key=lambda entry: -entry[1])
     together = sum(t for name, t, _ in taken if name.lower().startswith(_COMMUNICATION) or "nccl" in name.lower())
