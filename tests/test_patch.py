@@ -236,7 +236,8 @@ def test_report_and_choice():
     assert set(OPS) - {"rms_norm", "swiglu"} == set(patch(model).replaced.values())
     gelu = make(hidden_act="gelu")
     expected = run(gelu, tokens())
-    patch(gelu, ops="swiglu")
+    report = patch(gelu, ops="swiglu")
+    assert not report.replaced and report.left["model.layers.0.mlp"] == "swiglu: its activation is not SiLU"
     assert all(torch.equal(a, b) for a, b in zip(run(gelu, tokens()).values(), expected.values(), strict=True))
 
 

@@ -1,7 +1,12 @@
 """Checks of arguments, made before any work. Each error names the argument, what came and what is needed."""
 
+import math
+import operator
+from typing import Any
+
 import torch
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -9,12 +14,15 @@ def shape(t: torch.Tensor) -> str:
     return f"[{', '.join(str(n) for n in t.shape)}]"
 
 
-def floating(**tensors: torch.Tensor | None) -> None:
+def given(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Of arguments that may be left out those that are there."""
+    return {name: t for name, t in tensors.items() if t is not None}
+
+
+def floating(**tensors: torch.Tensor) -> None:
     """Each is a tensor of float32, bfloat16, float16 or float64, all on one device."""
     first = None
     for name, t in tensors.items():
-        if t is None:
-            continue
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
         if t.dtype not in FLOATS:
@@ -25,16 +33,58 @@ def floating(**tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name} is on {t.device} but {first[0]} is on {first[1]}; they must be on one device")
 
 
-def integral(device: torch.device, dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor | None) -> None:
+def integral(device: torch.device, dtypes: tuple[torch.dtype, ...], **tensors: torch.Tensor) -> None:
     """Each is a tensor of one of `dtypes` on `device`."""
     for name, t in tensors.items():
-        if t is None:
-            continue
         if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
             names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{name} must be a tensor of {names}, not {getattr(t, 'dtype', type(t).__name__)}")
         if t.device != device:
             raise ValueError(f"{name} is on {t.device}; it must be on {device} with the others")
+
+
+def may_look(t: torch.Tensor) -> bool:
+    """Whether the values of `t` can be looked up here without waiting for a device: not where calls are traced, and
+    not where there are none, as in a FakeTensor or under vmap."""
+    return (
+        t.device.type == "cpu"
+        and type(t) in PLAIN
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def number(name: str, value: Any, finite: bool = False) -> float:
+    """`value` as a float; a string is no number."""
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        result = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {value!r}; it must be a number") from None
+    if finite and not math.isfinite(result):
+        raise ValueError(f"{name} is {value!r}; it must be finite")
+    return result
+
+
+def integer(value: Any) -> int | None:
+    """`value` as an int, NumPy's integers too, or None for anything else; True and False are no numbers."""
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    try:
+        return None if isinstance(value, bool | torch.Tensor) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value` as a bool; what is not True, False, 1 or 0 is an error, and None too."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) or value not in (0, 1):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
+    return bool(value)
 
 
 def same_shape(**tensors: torch.Tensor) -> None:

@@ -16,7 +16,6 @@ from . import _checks, _library
 
 IMPLS = ("reference", "cpu", "cuda", "triton", "flash_attn")
 SHORT_ELEMENTS = 2**23
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -309,7 +308,7 @@ class Op:
 
 def _nothing_listens(args: tuple) -> bool:
     """Whether no mode and no tensor of another class would see a call through the dispatcher."""
-    return torch._C._len_torch_dispatch_stack() == 0 and all(type(t) in PLAIN for t in _tensors(args))
+    return torch._C._len_torch_dispatch_stack() == 0 and all(type(t) in _checks.PLAIN for t in _tensors(args))
 
 
 def _set_up(save: Callable, impl: str | None, ctx: Any, inputs: tuple, output: Any) -> None:

@@ -32,6 +32,11 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def in_a_row(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Ends, lengths and labels as kernels read them: one after the other."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def alignment(*strides: int) -> int:
     """The power of two, at most ALIGNMENT, that divides every stride: what a kernel may promise the compiler."""
     return math.gcd(ALIGNMENT, *strides)

@@ -12,6 +12,7 @@ from . import reference
 MAX_TRITON_HEAD_DIM = 256
 MAX_CUDA_HEAD_DIM = 256
 SHORT_QUERIES = 2048
+MOST_KEYS = 2**30  # no sequence is longer; kernels add a window to positions in int32
 
 
 def _fake(q, k, v, window, scale, causal, cu_q, cu_k, max_q, max_k):
@@ -88,9 +89,28 @@ def check_window(window: int | None) -> int:
     """The window as the ops take it: 0 for none."""
     if window is None:
         return 0
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+    width = _checks.integer(window)
+    if width is None or width < 1:
         raise ValueError(f"window is {window!r}; it must be None or an int of at least 1 (keys seen, itself included)")
-    return window
+    return min(width, MOST_KEYS)
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if scale is None else _checks.number("scale", scale, finite=True)
+
+
+def check_longest(name: str, given: int | None, cu: torch.Tensor, tokens: int) -> int:
+    """The longest packed sequence: as given, or all tokens. Below the longest, kernels would leave rows out; on a GPU,
+    where lengths are not read, only what no lengths allow is an error."""
+    if given is None:
+        return tokens
+    longest, sequences = _checks.integer(given), max(cu.numel() - 1, 1)
+    if isinstance(given, torch.Tensor) and given.numel() == 1 and not given.is_floating_point():
+        longest = int(given)
+    least = int(cu.diff().max()) if cu.numel() > 1 and _checks.may_look(cu) else -(-tokens // sequences)
+    if longest is None or longest < least:
+        raise ValueError(f"{name} is {given!r}; it must be an int, and a sequence of {least} tokens is there")
+    return torch.sym_min(longest, tokens)
 
 
 def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str = "k", v_name: str = "v") -> None:
@@ -98,7 +118,9 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str =
     if k.shape != v.shape:
         raise ValueError(f"{v_name} is {_checks.shape(v)} but {k_name} is {_checks.shape(k)}; they must be equal")
     heads, kv_heads = q.shape[-2], k.shape[-2]
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] < 1:
+    if q.shape[-1] < 1:
+        raise ValueError(f"q is {_checks.shape(q)}; its last dimension, the head's, must be at least 1")
+    if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has head dimension {q.shape[-1]} and {k_name} {k.shape[-1]}; they must be equal")
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads and {k_name} {kv_heads}; q's must be a multiple of {k_name}'s")
@@ -117,7 +139,7 @@ def check_cu_seqlens(name: str, cu: torch.Tensor, tokens: int, sequences: int | 
     if cu.dim() != 1 or cu.numel() < 1 or sequences not in (None, cu.numel() - 1):
         needed = "sequences + 1" if sequences is None else sequences + 1
         raise ValueError(f"{name} is {_checks.shape(cu)}; it must be [{needed}]")
-    if torch.compiler.is_compiling() or cu.device.type != "cpu":
+    if not _checks.may_look(cu):
         return
     ends = cu.tolist()
     if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
@@ -167,7 +189,8 @@ def attention(
         causal: False lets every query see every key, and takes no window.
         cu_seqlens_q: `[sequences + 1]` int32, where each packed sequence starts, and T; empty sequences are legal.
         cu_seqlens_k: the same for k and v; None for the queries' own.
-        max_seqlen_q, max_seqlen_k: the longest packed sequence, if known: spares GPU kernels empty blocks.
+        max_seqlen_q, max_seqlen_k: the longest packed sequence, if known: spares GPU kernels empty blocks. On a GPU,
+            where lengths are not looked up, a number that is too small leaves rows of the result unwritten.
         return_lse: also return the log of the softmax's denominator.
         impl: None for the fastest that can, or "reference", "cpu", "cuda", "triton", "flash_attn" (its lse has no
             gradient).
@@ -181,11 +204,12 @@ def attention(
 
     Raises:
         TypeError: a tensor of the wrong kind.
-        ValueError: shapes, devices, window or cu_seqlens do not fit.
+        ValueError: shapes, devices, window, scale, cu_seqlens or max_seqlen do not fit.
         NotImplementedError: `impl` cannot run here.
     """
     _checks.floating(q=q, k=k, v=v)
     width = check_window(window)
+    causal = _checks.flag("causal", causal)
     if width and not causal:
         raise ValueError(f"window is {window} with causal=False; a window needs causal=True")
     if cu_seqlens_q is None and cu_seqlens_k is not None:
@@ -196,10 +220,10 @@ def attention(
     else:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         _check_packed(q, k, cu_seqlens_q, cu_seqlens_k)
-        max_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
-        max_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+        max_q = check_longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
+        max_k = check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
     check_heads(q, k, v)
     q, k, v = _checks.promote(*_checks.autocast(q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = check_scale(scale, q.shape[-1])
     out, lse = _attention(impl, q, k, v, width, scale, causal, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     return (out, lse) if return_lse else out

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _tuned
-from .._triton import blocks
+from .._triton import blocks, in_a_row
 from . import triton_backward as kernels
 from .triton_blocks import Config, describable, family, launch, padded, readable
 
@@ -94,6 +94,7 @@ def attention_backward(
     sequences = q.shape[0] if cu_q is None else cu_q.numel() - 1
     q, k, v, out, dout = (readable(t) for t in (q, k, v, out, dout))
     for_dq, for_dkv = configs or choose(q, k, v, dout)
+    cu_q, cu_k = in_a_row(cu_q, cu_k)
     exact = q.dtype == torch.float32
     top, lse2, delta = (
         torch.empty(lse.shape, dtype=torch.float32, device=q.device) if exact or i else None for i in range(3)

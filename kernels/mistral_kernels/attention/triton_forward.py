@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .. import _tuned
+from .._triton import in_a_row
 from .triton_blocks import (
     LOG2E,
     Config,
@@ -254,6 +255,7 @@ def attention(
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = readable(q), readable(k), readable(v)
     q, scale = positive_scale(q, scale)
+    cu_q, cu_k = in_a_row(cu_q, cu_k)
     config = config or choose(q, k, v)
     blocks = triton.cdiv(max_q, config.rows)
     strides = [s for t in (q, k, v) for s in ((0,) if packed else ()) + t.stride()[:-1]]

@@ -7,7 +7,7 @@ import torch
 
 from .. import _checks
 from .._dispatch import Op
-from ..attention import check_window
+from ..attention import check_longest, check_window
 from ..quant_linear import QuantizedWeight
 from ..ring_cache import check_history
 from ..ring_cache.int8 import check_scales
@@ -150,7 +150,7 @@ def decode_layers(
     _check_layers(x, weights, biases, k_caches, v_caches, codes)
     width, (batch, slots, _, dim) = check_window(window), k_caches[0].shape
     _checks.integral(x.device, POSITION_DTYPES, positions=positions)
-    _checks.integral(x.device, (torch.int32,), seq_lens=seq_lens, cu_seqlens=cu_seqlens)
+    _checks.integral(x.device, (torch.int32,), seq_lens=seq_lens, **_checks.given(cu_seqlens=cu_seqlens))
     if positions.shape != x.shape[:1] or seq_lens.shape != (batch,) or (cu_seqlens is None and batch != x.shape[0]):
         raise ValueError(
             f"x is {_checks.shape(x)}, positions {_checks.shape(positions)}, seq_lens {_checks.shape(seq_lens)}; they"
@@ -160,12 +160,13 @@ def decode_layers(
     _checks.no_gradient("decode_layers", x=x, weights=plain)
     check_tables(cos, sin, dim)
     check_positions(positions, cos.shape[0], idle=True)
-    longest = (1 if cu_seqlens is None else x.shape[0]) if max_seqlen is None else max_seqlen
+    longest = 1 if cu_seqlens is None else check_longest("max_seqlen", max_seqlen, cu_seqlens, x.shape[0])
     check_history(seq_lens, slots, width, longest, False)
     table = _checks.accumulate_dtype(x.dtype)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
+    eps, interleaved = _checks.number("eps", eps), _checks.flag("interleaved", interleaved)
     rings = (list(k_caches), list(v_caches), list(k_scales), list(v_scales))
     tensors = (list(biases), *rings, positions, cos, sin, cu_seqlens)
     return _decode_layers(
-        impl, x, *_taken_apart(weights, x), *tensors, seq_lens, width, dim**-0.5, float(eps), interleaved, longest
+        impl, x, *_taken_apart(weights, x), *tensors, seq_lens, width, dim**-0.5, eps, interleaved, longest
     )

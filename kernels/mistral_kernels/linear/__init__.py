@@ -89,7 +89,7 @@ def linear(
         kind = x.device.type if isinstance(x, torch.Tensor) else "cpu"
         if _checks.autocast_is_on(kind):
             return reference.linear(x, weight, bias)
-    _checks.floating(x=x, weight=weight, bias=bias)
+    _checks.floating(x=x, weight=weight, **_checks.given(bias=bias))
     _check(x, weight, bias)
     if impl is None and not _kernel_pays(kind, x):
         return reference.linear(x, weight, bias)

@@ -1,5 +1,7 @@
 """The output projection and the cross entropy after it, without the logits of all tokens at once."""
 
+import numbers
+
 import torch
 
 from .. import _checks
@@ -53,7 +55,7 @@ _linear_cross_entropy = Op(
 )
 
 
-def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int | None) -> None:
+def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
     _checks.floating(hidden=hidden, weight=weight)
     _checks.integral(hidden.device, LABEL_DTYPES, labels=labels)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
@@ -66,13 +68,21 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chu
         raise ValueError(
             f"labels is {_checks.shape(labels)}; with hidden {_checks.shape(hidden)} it must be [{needed}]"
         )
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int | torch.SymInt) or chunk < 1):
+
+
+def _check_chunk(chunk: int | None) -> int:
+    """The chunk as the op takes it: 0 for none."""
+    if chunk is None:
+        return 0
+    rows = _checks.integer(chunk)
+    if rows is None or rows < 1:
         raise ValueError(f"chunk is {chunk!r}; it must be None or an int of at least 1 (tokens at a time)")
+    return rows
 
 
 def _check_labels(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
     """Raises for a label outside the vocabulary; reads the values, so on a CPU only, and not while tracing."""
-    if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.numel() == 0:
+    if labels.numel() == 0 or not _checks.may_look(labels):
         return
     wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
     if wrong.any():
@@ -91,6 +101,8 @@ def _items(num_items: int | float | torch.Tensor | None, reduction: str) -> None
         raise ValueError(f"num_items is given with reduction={reduction!r}; it is what 'mean' divides by")
     if isinstance(num_items, torch.Tensor) and num_items.numel() != 1:
         raise ValueError(f"num_items is {_checks.shape(num_items)}; it must be a number, or a tensor of one element")
+    if not isinstance(num_items, torch.Tensor | numbers.Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"num_items is {num_items!r}; it must be a number, or a tensor of one element")
 
 
 def linear_cross_entropy(
@@ -133,19 +145,23 @@ def linear_cross_entropy(
             vocabulary. On a GPU that is not looked up, which would wait for the device: such a token's loss is NaN.
         NotImplementedError: `impl` cannot run here.
     """
-    _check(hidden, weight, labels, chunk)
+    _check(hidden, weight, labels)
+    rows_at_once = _check_chunk(chunk)
+    ignored = _checks.integer(ignore_index)
+    if ignored is None:
+        raise TypeError(f"ignore_index is {ignore_index!r}; it must be an int")
     _items(num_items, reduction)
-    _check_labels(labels, weight.shape[0], ignore_index)
+    _check_labels(labels, weight.shape[0], ignored)
     hidden, weight = _checks.promote(*_checks.autocast(hidden, weight))
     rows, flat = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1).long()
-    losses = _linear_cross_entropy(impl, rows, weight, flat, ignore_index, chunk or 0)[0]
+    losses = _linear_cross_entropy(impl, rows, weight, flat, ignored, rows_at_once)[0]
     if reduction == "none":
         return losses.view(labels.shape)
     total = losses.sum()
     if reduction == "sum":
         return total
     if num_items is None:
-        num_items = (flat != ignore_index).sum()
+        num_items = (flat != ignored).sum()
     elif isinstance(num_items, torch.Tensor):
         num_items = num_items.reshape(()).to(total)
     return total / num_items

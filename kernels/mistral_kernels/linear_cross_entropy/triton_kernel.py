@@ -1,13 +1,12 @@
 """Losses and gradients of a chunk of logits in Triton, read once each and overwritten in place; torch's products."""
 
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .._triton import blocks, launch, power_of_2
+from .._triton import blocks, in_a_row, launch, power_of_2
 from . import chunked
 
 # A row is one program, in blocks of 16 elements a thread on 8 warps. Not measured on a GPU.
@@ -63,7 +62,7 @@ def losses_of_logits(
     rows, vocabulary = logits.shape
     losses, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
     block = min(BLOCK, power_of_2(vocabulary))
-    arguments = (logits, labels, losses, lse, ignore_index)
+    arguments = (logits, *in_a_row(labels), losses, lse, ignore_index)
     launch(_loss_kernel, rows, logits.device, *arguments, V=vocabulary, BLOCK=block, num_warps=WARPS)
     return losses, lse
 
@@ -73,15 +72,11 @@ def gradient_of_logits(
 ) -> torch.Tensor:
     rows, vocabulary = logits.shape
     block = min(BLOCK, power_of_2(vocabulary))
-    arguments = (logits, labels, lse, dlosses, ignore_index)
+    arguments = (logits, *in_a_row(labels, lse, dlosses), ignore_index)
     programs = rows * blocks(vocabulary, block)
     launch(_gradient_kernel, programs, logits.device, *arguments, V=vocabulary, BLOCK=block, num_warps=WARPS)
     return logits
 
 
 forward = functools.partial(chunked.forward, losses_of=losses_of_logits)
-_backward = functools.partial(chunked.backward, gradient_of=gradient_of_logits)
-
-
-def backward(dlosses: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _backward(dlosses.contiguous(), *args)
+backward = functools.partial(chunked.backward, gradient_of=gradient_of_logits)

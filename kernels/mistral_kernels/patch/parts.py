@@ -40,6 +40,10 @@ def _is_silu(module: Any) -> bool:
     return isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation" or module is nn.functional.silu
 
 
+def has_silu(mlp: Any) -> bool:
+    return _is_silu(getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None))
+
+
 def mlp_forward(ops: Any, original: Callable) -> Callable:
     swiglu = ops.swiglu
 

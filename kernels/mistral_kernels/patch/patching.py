@@ -181,6 +181,8 @@ def _patch_modules(root: nn.Module, ops: Any, wanted: frozenset[str], report: Re
         slot, taken = _slot(module) if new is not None else (None, reason)
         if op == "add_rms_norm" and slot and not _is_rms_norm(type(getattr(module, "post_attention_layernorm", None))):
             slot, taken = None, _OTHER_NORM
+        if op == "swiglu" and slot and not parts.has_silu(module):
+            slot, taken = None, "its activation is not SiLU"
         label = name or cls.__name__
         if slot is None:
             report.left[label] = f"{op}: {taken}"

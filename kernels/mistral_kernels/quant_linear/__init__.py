@@ -108,7 +108,7 @@ def _check(
     halves: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """Raises for what does not fit; returns scale and offset as `[N, G]`, and the group, 0 for whole rows."""
-    _checks.floating(x=x, scale=scale, offset=offset, bias=bias)
+    _checks.floating(x=x, scale=scale, **_checks.given(offset=offset, bias=bias))
     _checks.integral(x.device, (torch.uint8,) if halves else (torch.int8,), codes=codes)
     if codes.dim() != 2:
         raise ValueError(f"codes is {_checks.shape(codes)}; it must be [N, {'16 * ceil(K / 32)' if halves else 'K'}]")

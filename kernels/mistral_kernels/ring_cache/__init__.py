@@ -18,7 +18,16 @@ import torch
 
 from .. import _checks
 from .._dispatch import Op, always
-from ..attention import MAX_TRITON_HEAD_DIM, check_cu_seqlens, check_heads, check_window, cuda_supports, hopper_first
+from ..attention import (
+    MAX_TRITON_HEAD_DIM,
+    check_cu_seqlens,
+    check_heads,
+    check_longest,
+    check_scale,
+    check_window,
+    cuda_supports,
+    hopper_first,
+)
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
 from . import int8, reference
@@ -139,10 +148,10 @@ def _check_write(
     return codes
 
 
-def _check_float_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+def _check_float_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, **tensors: torch.Tensor) -> None:
     caches = {n: t for n, t in (("k_cache", k_cache), ("v_cache", v_cache)) if getattr(t, "dtype", None) != torch.int8}
     _checks.floating(**tensors, **caches)
-    device = next(t.device for t in tensors.values() if t is not None)
+    device = next(iter(tensors.values())).device
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         if t.device != device:
             raise ValueError(f"{name} is on {t.device} but the tokens are on {device}; they must be on one device")
@@ -181,7 +190,7 @@ def write_kv(
     """
     _check_float_caches(k_cache, v_cache, k=k, v=v)
     codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
-    _checks.no_gradient("write_kv", k=k, v=v)
+    _checks.no_gradient("write_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     if codes:
         _write_kv_int8(impl, k, v, k_cache, v_cache, k_scale, v_scale, positions, cu_seqlens)
     else:
@@ -226,12 +235,12 @@ def rope_write_kv(
         raise ValueError(f"q is {_checks.shape(q)} but k is {_checks.shape(k)}; only the heads may differ")
     if q.dtype != k.dtype:
         raise TypeError(f"q is {q.dtype} but k is {k.dtype}; they must be equal")
-    _checks.no_gradient("rope_write_kv", q=q, k=k, v=v)
+    _checks.no_gradient("rope_write_kv", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     check_tables(cos, sin, q.shape[-1])
     check_positions(positions, cos.shape[0], idle=True)
     table = _checks.accumulate_dtype(q.dtype)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
-    rest = (positions, cos, sin, cu_seqlens, interleaved)
+    rest = (positions, cos, sin, cu_seqlens, _checks.flag("interleaved", interleaved))
     if codes:
         return _rope_write_kv_int8(impl, q, k, v, k_cache, v_cache, k_scale, v_scale, *rest)
     return _rope_write_kv(impl, q, k, v, k_cache, v_cache, *rest)
@@ -243,9 +252,15 @@ def _longest(q: torch.Tensor, cu: torch.Tensor | None) -> int:
         return q.shape[1]
     if cu is None:
         return 1
-    if torch.compiler.is_compiling() or cu.device.type != "cpu":
+    if not _checks.may_look(cu):
         return q.shape[0]
     return int(cu.diff().max()) if cu.numel() > 1 else 0
+
+
+def _chunk(q: torch.Tensor, cu: torch.Tensor | None, max_seqlen: int | None) -> int:
+    if max_seqlen is None or cu is None:
+        return _longest(q, cu)
+    return check_longest("max_seqlen", max_seqlen, cu, q.shape[0])
 
 
 def check_history(seq_lens: torch.Tensor, slots: int, window: int, chunk: int, with_new: bool) -> None:
@@ -253,7 +268,7 @@ def check_history(seq_lens: torch.Tensor, slots: int, window: int, chunk: int, w
     needed = window - 1 if with_new else window + chunk - 1
     if window and slots >= needed:
         return
-    if torch.compiler.is_compiling() or seq_lens.device.type != "cpu":
+    if not _checks.may_look(seq_lens):
         longest = slots + 1 if window else slots
     else:
         longest = int(seq_lens.max()) if seq_lens.numel() else 0
@@ -312,7 +327,7 @@ def attention_cached(
             the sequence: looked up on a CPU only, since on a GPU that would wait for the device).
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    _check_float_caches(k_cache, v_cache, q=q, k_new=k_new, v_new=v_new)
+    _check_float_caches(k_cache, v_cache, q=q, **_checks.given(k_new=k_new, v_new=v_new))
     width = check_window(window)
     batch, slots = k_cache.shape[0], k_cache.shape[1]
     _check_tokens(q, "q", batch, cu_seqlens)
@@ -329,10 +344,11 @@ def attention_cached(
         for name, t in (("k_new", k_new), ("v_new", v_new)):
             if t.shape != expected or t.dtype != q.dtype:
                 raise ValueError(f"{name} is {_checks.shape(t)} {t.dtype}; it must be {list(expected)} {q.dtype}")
-    _checks.no_gradient("attention_cached", q=q, k_new=k_new, v_new=v_new)
-    longest = _longest(q, cu_seqlens) if max_seqlen is None else max_seqlen
+    _checks.no_gradient("attention_cached", q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new)
+    longest = _chunk(q, cu_seqlens, max_seqlen)
     check_history(seq_lens, slots, width, longest, k_new is not None)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = check_scale(scale, q.shape[-1])
+    batch_invariant = _checks.flag("batch_invariant", batch_invariant)
     rest = (seq_lens, width, scale, k_new, v_new, cu_seqlens, longest, batch_invariant)
     if codes:
         return _attention_cached_int8(impl, q, k_cache, v_cache, k_scale, v_scale, *rest)

@@ -70,7 +70,7 @@ def attention_cached(
     batch, slots = k_cache.shape[:2]
     flat = q.reshape(-1, *q.shape[-2:])
     out = torch.zeros_like(flat)
-    lengths = seq_lens.tolist()
+    lengths = [max(n, 0) for n in seq_lens.tolist()]  # as the kernels take them
     for b, span in enumerate(_sequences(flat.shape[0], batch, cu, q.dim() == 3)):
         order = torch.arange(max(0, lengths[b] - slots), lengths[b], device=q.device) % slots
         k, v = k_cache[b, order], v_cache[b, order]

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton import in_a_row
 from ..attention.triton_blocks import (
     LOG2E,
     Config,
@@ -312,6 +313,7 @@ def attention_cached(
     if cut is None:
         cut = _cut(q, k_cache, window, max_q, batch_invariant, q.element_size())
     q, scale = positive_scale(readable(q), scale)
+    lens, ends = in_a_row(seq_lens, cu)
     new = (k_new, v_new) if k_new is not None and v_new is not None else ()
     tensors = [readable(t) for t in (q, k_cache, v_cache, *new)]
     parts: list[torch.Tensor | None] = [None] * 3
@@ -320,7 +322,7 @@ def attention_cached(
         parts = [torch.empty(s, dtype=torch.float32, device=q.device) for s in (size, size[:2], size[:2])]
     launch(
         attention_ring, cut.splits * cut.tiles * batch * kv_heads, cut.config,
-        *tensors, *(() if new else (None, None)), *scales, seq_lens, cu, out, *parts, scale,
+        *tensors, *(() if new else (None, None)), *scales, lens, ends, out, *parts, scale,
         *_strides(tensors, cu is not None),
         slots, heads, heads // kv_heads, max_q, window, rows // heads, cut.tiles, cut.splits, cut.span,
         D=dim, DP=padded(dim), BM=cut.config.rows, BN=cut.config.keys, STAGES=cut.config.stages,

@@ -13,6 +13,7 @@ from .._triton import (
     blocks,
     head_offset,
     head_tile,
+    in_a_row,
     launch,
     load_angles,
     power_of_2,
@@ -307,6 +308,7 @@ def write_kv(
     if k.numel() == 0:
         return
     k, v = unit_stride(k), unit_stride(v)
+    (ends,) = in_a_row(cu)
     t = _tokens(positions, cu, k, v)
     batch, slots, heads, dim = k_cache.shape
     tile, block, warps = head_tile(heads, dim)
@@ -323,7 +325,7 @@ def write_kv(
             v_cache,
             *scales,
             positions,
-            cu,
+            ends,
             t.length,
             batch,
             slots,
@@ -359,6 +361,7 @@ def rope_write_kv(
     if q_out.numel() + k_out.numel() == 0:
         return q_out, k_out
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    (ends,) = in_a_row(cu)
     t = _tokens(positions, cu, q, k, v)
     batch, slots, heads, dim = k_cache.shape
     q_heads = q.shape[-2]
@@ -381,7 +384,7 @@ def rope_write_kv(
             cos,
             sin,
             positions,
-            cu,
+            ends,
             cos.shape[0],
             t.length,
             batch,

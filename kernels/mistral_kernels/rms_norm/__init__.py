@@ -121,7 +121,7 @@ def rms_norm(
         `[..., N]`, contiguous, in the promoted dtype of x and weight.
 
     Raises:
-        TypeError: x or weight is no floating-point tensor.
+        TypeError: x or weight is no floating-point tensor, or eps no number.
         ValueError: shapes, devices or `rounding` do not fit.
         NotImplementedError: `impl` cannot run here.
     """
@@ -130,7 +130,7 @@ def rms_norm(
     weight = _weight_for(x, weight)
     if weight.dtype == torch.float64 != x.dtype:
         impl = "reference"
-    return _rms_norm(impl, x, weight, float(eps), rounding == "model")[0]
+    return _rms_norm(impl, x, weight, _checks.number("eps", eps), rounding == "model")[0]
 
 
 def add_rms_norm(
@@ -163,4 +163,4 @@ def add_rms_norm(
     weight = _weight_for(x, weight)
     if weight.dtype == torch.float64 != x.dtype:
         impl = "reference"
-    return _add_rms_norm(impl, x, residual, weight, float(eps), rounding == "model")[:2]
+    return _add_rms_norm(impl, x, residual, weight, _checks.number("eps", eps), rounding == "model")[:2]

@@ -114,7 +114,8 @@ def rope(
         NotImplementedError: `impl` cannot run here.
     """
     _checks.floating(q=q, k=k, cos=cos, sin=sin)
-    _checks.integral(q.device, POSITION_DTYPES, positions=positions)
+    if positions is not None:
+        _checks.integral(q.device, POSITION_DTYPES, positions=positions)
     _check(q, k, positions)
     if cos.dim() == 3:
         cos, sin, positions = _tables_of_tokens(q, cos, sin, positions)
@@ -123,6 +124,7 @@ def rope(
         raise ValueError(f"q has {q.shape[-3]} positions, but the cos/sin tables hold {cos.shape[0]}")
     if positions is not None and impl != "reference":
         reference.check_positions(positions, cos.shape[0])
+    interleaved = _checks.flag("interleaved", interleaved)
     table = _checks.accumulate_dtype(q.dtype)
     q, k = _checks.promote(q, k)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()

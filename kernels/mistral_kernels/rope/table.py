@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .. import _checks
+
 
 def _linear(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
     """Position interpolation (Chen et al. 2023): every position divided by the factor."""
@@ -57,13 +59,19 @@ _NEEDED = {
 }
 
 
-def _kind(scaling: Mapping[str, Any]) -> str:
+def _kind(scaling: Mapping[str, Any], theta: float) -> str:
+    if not isinstance(scaling, Mapping):
+        raise TypeError(f"scaling is {scaling!r}; it must be None or a mapping with 'rope_type'")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default" and kind not in _NEEDED:
         raise ValueError(f"scaling has rope_type {kind!r}; it must be 'default', 'linear', 'llama3' or 'yarn'")
     for name in _NEEDED.get(kind, ()):
         if scaling.get(name) is None:
             raise ValueError(f"scaling of rope_type {kind!r} lacks {name!r}; it has {sorted(scaling)}")
+        if not _checks.number(f"scaling[{name!r}]", scaling[name], finite=True) > 0:
+            raise ValueError(f"scaling[{name!r}] is {scaling[name]!r}; it must be positive")
+    if kind == "yarn" and theta == 1:
+        raise ValueError("theta is 1 with scaling of rope_type 'yarn', which takes its logarithm; it must be another")
     return kind
 
 
@@ -94,15 +102,21 @@ def rope_table(
 
     Raises:
         ValueError: an odd head_dim, a theta or max_positions that is not positive, an unknown or incomplete scaling.
+        TypeError: a number, a mapping or a dtype that is none.
     """
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim is {head_dim}; it must be even and at least 2")
-    if not theta > 0 or max_positions < 1:
-        raise ValueError(f"theta is {theta} and max_positions {max_positions}; both must be positive")
+    dim, rows, base = _checks.integer(head_dim), _checks.integer(max_positions), _checks.number("theta", theta)
+    if dim is None or dim < 2 or dim % 2:
+        raise ValueError(f"head_dim is {head_dim!r}; it must be an even int of at least 2")
+    if not 0 < base < math.inf or rows is None or rows < 1:
+        raise ValueError(
+            f"theta is {theta!r} and max_positions {max_positions!r}; they must be positive, the latter int"
+        )
+    if dtype not in _checks.FLOATS:
+        raise TypeError(f"dtype is {dtype}; it must be float32 or float64")
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     temperature = 1.0
     scaling = scaling or {}
-    match _kind(scaling):
+    match _kind(scaling, base):
         case "linear":
             frequencies = _linear(frequencies, scaling)
         case "llama3":
