@@ -48,6 +48,18 @@ sanitize: build ## the tests of the C++ kernels under AddressSanitizer
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -x -q -p no:cacheprovider -o pythonpath="build/address . tests" \
 	-k "not compiled and not opcheck and not never_exist" $(SANITIZED)
 
+# Without a fixed layout of memory ThreadSanitizer cannot start on every kernel of Linux; setarch may be forbidden.
+FIXED_LAYOUT := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+RUN_THREADS = $(FIXED_LAYOUT) env LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libtsan.so)" \
+	TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp halt_on_error=1" $(BIN)/python
+.PHONY: sanitize-threads
+sanitize-threads: build ## the tests of the C++ kernels under ThreadSanitizer; races planted into them must be reported
+	$(BIN)/python setup.py -q build_ext --sanitize thread --build-lib build/thread --build-temp build/temp-thread
+	tar -C kernels --exclude='*.so' --exclude=__pycache__ -cf - mistral_kernels | tar -C build/thread -xf -
+	$(RUN_THREADS) -m pytest -x -q -p no:cacheprovider --capture=sys -o pythonpath="build/thread . tests" \
+	-k "not compiled and not opcheck and not never_exist" $(SANITIZED)
+	$(BIN)/python scripts/planted_races.py build/temp-thread build/thread $(RUN_THREADS)
+
 verify: build ## parity of every op and implementation on this machine
 	$(BIN)/python -m mistral_kernels.verify
 
@@ -119,6 +131,19 @@ aot-triton36: build ## the ahead-of-time tests with Triton 3.6
 	$(PIP) --python $$folder/bin/python install -q --no-deps triton==3.6.0 || exit 1; \
 	$$folder/bin/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__file__' || exit 1; \
 	PYTHONPATH=kernels:. $$folder/bin/python -m pytest -q tests/test_triton_aot.py
+
+# The oldest torch that is supported, as PyPI has it: for CUDA.
+ABI_TORCH := 2.11.0
+.PHONY: abi
+abi: build ## the wheel's library under torch 2.11, too, and under a torch for CUDA; docs/torch_abi.json
+	$(BIN)/python scripts/torch_abi.py --json docs/torch_abi.json $(ABI_TORCH)
+
+.PHONY: instruction-counts check-instruction-counts
+instruction-counts: build ## write how many instructions each C++ kernel executes, by valgrind, to bench/instructions.json
+	PYTHONPATH=kernels:. $(BIN)/python -m bench.instructions --write
+
+check-instruction-counts: build ## compare them with the file
+	PYTHONPATH=kernels:. $(BIN)/python -m bench.instructions --check
 
 lint: $(STAMPS)/requirements ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

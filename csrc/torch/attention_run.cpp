@@ -58,7 +58,7 @@ class Run {
     for (const AttentionSequence& s : sequences_)
       if (!decoded(s)) tile_items += (s.queries + tile_rows - 1) / tile_rows * a_.kv_heads;
     // Threads without work cost more than keys read from the cache once for each head.
-    const bool few = tile_items < 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+    const bool few = tile_items < 4 * threads();
     const int64_t tile_group = few ? 1 : std::min(group_, tile_heads);
     for (size_t i = 0; i < sequences_.size(); i++) {
       AttentionSequence& s = sequences_[i];

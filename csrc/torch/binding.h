@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cpu/isa.h"
+#include "torch/threads.h"
 
 namespace mk {
 
@@ -41,10 +42,10 @@ Tensor unit_stride(const Tensor& t);
 // f(begin, end) over [0, count), on several threads where each gets at least `grain`.
 template <class F>
 void in_parallel(int64_t count, int64_t grain, const F& f) {
-  if (count <= grain)
+  if (stays(count <= grain))
     f(int64_t{0}, count);
   else
-    torch::stable::parallel_for(0, count, grain, f);
+    fork_join(count, grain, f);
 }
 
 // Elements that keep a thread busy for some microseconds, about what waking it up costs.

@@ -218,7 +218,7 @@ class Loss {
   void add_pairs(Tensor& total, const Block& block) {
     if (!tokens_ || !n_) return;
     const Tensor weight = unit_stride(block.weight);
-    const int64_t columns = pair_columns(n_), threads = torch::stable::get_num_threads();
+    const int64_t columns = pair_columns(n_), threads = mk::threads();
     const int64_t most = std::max<int64_t>(256, packed_words / std::max<int64_t>(columns, 1) / 256 * 256) * 2;
     const int64_t row_tasks = multiple(pieces(tokens_, 510), std::min(threads, pieces(tokens_, 16 * pair_strip)));
     const int64_t rows = multiple(pieces(tokens_, row_tasks), pair_strip), down = pieces(tokens_, rows);

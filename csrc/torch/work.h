@@ -49,11 +49,11 @@ void share_out(int64_t count, double work, const F& f) {
   const auto take = [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   };
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  if (threads <= 1 || work < serial_work)
+  const int64_t tasks = std::min<int64_t>(count, threads());
+  if (tasks <= 1 || stays(work < serial_work))
     take(0, 1);
   else
-    torch::stable::parallel_for(0, threads, 1, take);
+    fork_join(tasks, 1, take);
 }
 
 }  // namespace mk
