@@ -73,6 +73,7 @@ ring-study: build $(STAMPS)/sample ## docs/ring_cache/: time and memory by posit
 
 .PHONY: quant-study
 quant-study: build $(STAMPS)/sample ## quantised weights: accuracy, bytes, tokens a second; docs/quantization.md
+	-PYTHONPATH=kernels:. $(BIN)/python scripts/debian_corpus.py out/corpus/debian.jsonl
 	$(BIN)/python -m bench.quant_study --out docs/quantization --page docs/quantization.md
 
 fuzz: build ## random shapes, strides, windows and lengths of every op, a thousand of each

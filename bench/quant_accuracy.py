@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mistral.calibrate import calibrate_model
 from mistral.model import Linear, Transformer
 from mistral.quantized import LINEARS, quantize_model
 from mistral.weights import load_model
@@ -29,17 +30,28 @@ SCHEMES: dict[str, tuple[str, int | None, bool]] = {
     "int4 g32, offsets": ("int4", 32, True),
     "nf4 g64": ("nf4", 64, False),
 }
+# Of those, the ones that are calibrated on a text too.
+CALIBRATED = ("int8", "int4 g128")
 KV_CHUNK = 64
 
 
 def variants(
-    whole: Transformer, files: dict[str, Path], schemes: Collection[str] | None = None
+    whole: Transformer,
+    files: dict[str, Path],
+    schemes: Collection[str] | None = None,
+    windows: torch.Tensor | None = None,
 ) -> dict[str, Transformer]:
-    """A float32 model in bfloat16, in every scheme or those named, and GGUF files of it on their own codes."""
+    """A float32 model in bfloat16, in every scheme or those named, and GGUF files of it on their own codes.
+
+    With windows `[B, S]` of a text, some schemes are there once more, calibrated on it.
+    """
     models = {"bf16": copy.deepcopy(whole).to(torch.bfloat16)}
     for name, how in tqdm(SCHEMES.items(), desc="quantising", leave=False, disable=None):
         if schemes is None or name in schemes:
             models[name] = quantize_model(copy.deepcopy(whole), *how).to(torch.bfloat16)
+            if windows is not None and name in CALIBRATED:
+                made = calibrate_model(copy.deepcopy(whole), windows, *how, progress=False)
+                models[f"{name}, calibrated"] = made.to(torch.bfloat16)
     for name, file in files.items():
         models[name] = load_model(file, dtype=torch.bfloat16, progress=False, keep_codes=True)
     return models

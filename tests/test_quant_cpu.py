@@ -54,24 +54,36 @@ def test_x_in_int16_costs_no_accuracy(tier, dtype, scheme):
 def test_int8_activations_equal_the_reference(tier):
     """The sums are whole numbers: only their scaling rounds."""
     for group in (0, 32, 128):
-        for rows in (1, 6, 7, 100, 193):
-            x, q = fill((rows, 700), seed=rows).float(), mk.quantize_weight(fill((21, 700), seed=1), "w8a8", group)
+        for rows, n, k in ((1, 21, 700), (7, 21, 700), (31, 21, 700), (32, 65, 1), (100, 150, 703), (385, 21, 515)):
+            x, q = fill((rows, k), seed=rows).float(), mk.quantize_weight(fill((n, k), seed=1), "w8a8", group)
             out, expected = (mk.linear_quantized(x, q, impl=impl) for impl in ("cpu", "reference"))
             torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_int8_activations_of_many_rows_are_those_of_each(tier):
+    """Blocks of many rows multiply a packed weight, few take it as it lies; the sums are whole numbers either way."""
+    for group in (0, 64):
+        x, q = fill((101, 900)).bfloat16(), mk.quantize_weight(fill((70, 900), seed=1), "w8a8", group)
+        x[5], x[7, 3] = 0, torch.nan
+        bias = fill((70,), seed=2).bfloat16()
+        few = torch.cat([mk.linear_quantized(part, q, bias, impl="cpu") for part in x.split(20)])
+        assert torch.equal(mk.linear_quantized(x, q, bias, impl="cpu").view(torch.int16), few.view(torch.int16))
 
 
 def test_extreme_codes(tier):
     """Products of 127 and of -128, which no scheme makes but a checkpoint may hold, along a row that could overflow."""
     k = 70_000
-    x = torch.ones(2, k)
+    x = torch.ones(50, k)
     codes = torch.full((9, k), -128, dtype=torch.int8)
     codes[4] = 127
-    out = mk.linear_int8(x, codes, torch.full((9,), 1 / 128), activations="int8", impl="cpu")
-    expected = torch.full((2, 9), -float(k))
+    scale = torch.full((9,), 1 / 128)
+    out, few = (mk.linear_int8(rows, codes, scale, activations="int8", impl="cpu") for rows in (x, x[:2]))
+    assert torch.equal(out[:2], few)
+    expected = torch.full((50, 9), -float(k))
     expected[:, 4] = k * 127 / 128
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
-    few = mk.linear_int8(x.bfloat16(), codes, torch.full((9,), 1 / 128), impl="cpu")
-    torch.testing.assert_close(few.float(), expected, rtol=1e-2, atol=0)
+    few = mk.linear_int8(x[:2].bfloat16(), codes, torch.full((9,), 1 / 128), impl="cpu")
+    torch.testing.assert_close(few.float(), expected[:2], rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -50,6 +50,10 @@ def test_variants_and_layers():
     bytes_of = {name: quant_accuracy.weight_bytes(m) for name, m in models.items()}
     assert bytes_of["bf16"] == 2 * whole.config.parameter_count() and bytes_of["int8"] < 0.6 * bytes_of["bf16"]
     assert quant_accuracy.decibel(torch.ones(3), torch.zeros(3)) == math.inf
+    fed = quant_accuracy.variants(whole, {}, ("int8", "int4 g64"), tiny.tokens(3, 30))
+    assert list(fed) == ["bf16", "int8", "int8, calibrated", "int4 g64"]
+    weights = [fed[name].layers[1].attention.wq.codes for name in ("int8", "int8, calibrated")]
+    assert torch.equal(weights[0], models["int8"].layers[1].attention.wq.codes) and not torch.equal(*weights)
 
 
 def test_int8_cache_is_close_to_none():
@@ -89,6 +93,7 @@ def result():
         model="x.gguf",
         options=quant_study.QUICK | dict(quick=True),
         without_llama_cpp="it is missing",
+        calibration=[3, 10, "y.jsonl"],
         accuracy=dict(
             tokens=100,
             window=10,
@@ -135,6 +140,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
         "| int8 | 41.0 / exact | 41.0 / 30.0 |",
         "| int8 | 3 (1-4) | 1.50 x | 2 (1-4) |",
         "Without llama.cpp: it is missing.",
+        "Calibrated weights were made on 3 windows of 10 tokens of y.jsonl, another text.",
         "W8A8 with 5 rows, 8 x 4: 2 s (1-4), 3 GOP/s; others take torch 2.00 x.",
         "Decoding: 5.00 tokens/s, 7.00 GB of weights a token, 88% of what the read probe",
         "its figures mean little",

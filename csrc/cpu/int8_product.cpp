@@ -1,13 +1,12 @@
-// Rows of int8 by rows of int8. Both lie along k, so neither is packed: a tile of vectors of sums takes a load of each
-// row for as many products as the tile has, and is added up across lanes once a block of k.
+// Rows of int8 by rows of int8. Of few rows neither is packed, since both lie along k: a tile of vectors of sums takes
+// a load of each row for as many products as the tile has, and is added up across lanes once a block of k. Of many rows
+// the weight is put in panels, so that lanes are outputs.
 #include "cpu/int8_product.h"
 
 #include "cpu/quant_math.h"
 
 namespace mk::MK_ISA {
 namespace {
-
-typedef uint8_t bytes __attribute__((vector_size(MK_LANES)));
 
 constexpr int tile_rows = lanes == 16 ? 6 : 2, tile_outputs = 4;
 // 12 rows of x by 2048 stay in the first-level cache while 64 rows of codes come by from the second.
@@ -113,9 +112,181 @@ void multiply(const Int8Product& a) {
   }
 }
 
-// codes = round(x / scale) + 128 with scale = max|x| / 127; a scale that is not finite where x is not.
+// ---- many rows ----
+
+// A word is what a lane multiplies at once: four bytes, or where no instruction takes bytes, two half words. A panel
+// has the words of tile_vectors * lanes outputs side by side, one step of k after the other.
+#if MK_BF16
+constexpr int64_t in_word = 4;
+#else
+constexpr int64_t in_word = 2;
+#endif
+constexpr int many_rows = 6, tile_vectors = lanes == 16 ? 4 : 2;  // 24 or 12 registers of sums
+constexpr int64_t panel_outputs = tile_vectors * lanes, panels = most_outputs / panel_outputs;
+// A panel of so many codes a row stays in the first-level cache, and so many rows of x, which come by once for each
+// panel, in the second.
+constexpr int64_t many_block = 512, most_many = lanes == 16 ? 384 : 192;
+
+struct Many {
+  vi panel[panels][many_block / in_word][tile_vectors];
+  int32_t sums[most_many][most_outputs];
+  float out[most_many][most_outputs];
+  int32_t of_codes[most_outputs];
+  float scale[most_outputs];
+};
+
+// sums[i][...] += the products of `steps` words of `rows` rows of x with a panel's.
+template <int rows>
+__attribute__((noinline)) void many_tile(const uint8_t* x, int64_t x_row, const vi (*panel)[tile_vectors],
+                                         int64_t steps, int32_t (*sums)[most_outputs]) {
+  vi c[rows][tile_vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < tile_vectors; v++) c[i][v] = load_words<vi>(sums[i] + v * lanes);
+  int64_t s = 0;
+  do {  // at least one: where none is possible the compiler keeps the sums in memory beside it
+    vi w[tile_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < tile_vectors; v++) w[v] = panel[s][v];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+      int32_t word;
+      __builtin_memcpy(&word, x + i * x_row + s * 4, sizeof word);
+      const vi a = set1(word);
+#pragma GCC unroll 4
+      for (int v = 0; v < tile_vectors; v++) {
+        if constexpr (in_word == 4)
+          c[i][v] = dot_bytes(c[i][v], a, w[v]);
+        else
+          c[i][v] = dot_pairs(c[i][v], (vs)a, (vs)w[v]);
+      }
+    }
+  } while (++s < steps);
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < tile_vectors; v++) store_words(sums[i] + v * lanes, c[i][v]);
+}
+
+// The words of one row of codes that a vector holds; past `count` codes zeros.
+MK_INLINE vi row_words(const uint8_t* codes, int64_t count) {
+  constexpr int64_t needed = in_word * lanes;
+  if constexpr (in_word == 4) {
+    return count >= needed ? load_words<vi>(codes) : some_codes(codes, count);
+  } else {
+    typedef int8_t some __attribute__((vector_size(2 * MK_LANES)));
+    some c = {};
+    if (count >= needed)
+      c = load_words<some>(codes);
+    else
+      __builtin_memcpy(&c, codes, count);
+#if defined(__AVX512BW__)
+    return (vi)_mm512_cvtepi8_epi16((__m256i)c);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi16((__m128i)c);
+#else
+    return (vi) __builtin_convertvector(c, vs);
+#endif
+  }
+}
+
+// Vector i with the lanes i of all.
+template <int half = 1>
+MK_INLINE void transpose(vi (&t)[lanes]) {
+  if constexpr (half < lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; i++)
+      if (!(i & half)) exchange<half>(t[i], t[i + half], typename Count<lanes>::type());
+    transpose<2 * half>(t);
+  }
+}
+
+// The codes [k, k + count) of the outputs [n, n + outputs), in the order of the panels; further outputs are zeros.
+void pack(const QuantWeight& w, int64_t n, int64_t outputs, int64_t k, int64_t count, Many& m) {
+  const int64_t steps = (count + in_word - 1) / in_word;
+  for (int64_t r = 0; r < most_outputs; r += lanes)
+    for (int64_t s = 0; s < steps; s += lanes) {
+      vi t[lanes] = {};
+      const int64_t at = s * in_word;
+      for (int64_t i = 0; i < lanes && r + i < outputs; i++)
+        t[i] = row_words(w.codes + (n + r + i) * w.row + k + at, count - at);
+      transpose(t);
+      for (int64_t i = 0; i < least(lanes, steps - s); i++)
+        m.panel[r / panel_outputs][s + i][r % panel_outputs / lanes] = t[i];
+    }
+  if constexpr (in_word == 4)
+    for (int64_t r = 0; r < most_outputs; r += lanes) {
+      vi sum = load_words<vi>(m.of_codes + r);
+      for (int64_t s = 0; s < steps; s++)
+        sum = dot_bytes(sum, set1(0x01010101), m.panel[r / panel_outputs][s][r % panel_outputs / lanes]);
+      store_words(m.of_codes + r, sum);
+    }
+}
+
+void many_tiles(const Int8Product& a, int64_t first, int64_t rows, int64_t outputs, int64_t k, int64_t count, Many& m) {
+  constexpr decltype(&many_tile<1>) of[] = {many_tile<1>, many_tile<2>, many_tile<3>,
+                                            many_tile<4>, many_tile<5>, many_tile<6>};
+  const int64_t steps = (count + in_word - 1) / in_word;
+  for (int64_t p = 0; p * panel_outputs < outputs; p++)
+    for (int64_t i = 0; i < rows; i += many_rows) {
+      auto* const sums = (int32_t (*)[most_outputs])(m.sums[i] + p * panel_outputs);
+      of[least(many_rows, rows - i) - 1](a.x + (first + i) * a.x_row + k * 4 / in_word, a.x_row, m.panel[p], steps,
+                                         sums);
+    }
+}
+
+// out += the sums of group g, scaled; they begin anew.
+void add_group(const Int8Product& a, int64_t first, int64_t rows, int64_t n, int64_t outputs, int64_t g, Many& m) {
+  for (int64_t r = 0; r < outputs; r++) m.scale[r] = a.weight->scale[(n + r) * a.weight->groups + g];
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t r = 0; r < most_outputs; r += lanes) {
+      vi sum = load_words<vi>(m.sums[i] + r);
+      if constexpr (in_word == 4) sum -= load_words<vi>(m.of_codes + r) * 128;  // x has 128 more
+      store(m.out[i] + r, load(m.out[i] + r) + to_float(sum) * a.x_scale[first + i] * load(m.scale + r));
+    }
+  __builtin_memset(m.sums, 0, rows * sizeof m.sums[0]);
+  __builtin_memset(m.of_codes, 0, sizeof m.of_codes);
+}
+
 template <class T>
+void many_block_of(const Int8Product& a, int64_t first, int64_t rows, int64_t n, int64_t outputs, Many& m) {
+  const QuantWeight& w = *a.weight;
+  __builtin_memset(m.out, 0, rows * sizeof m.out[0]);
+  for (int64_t g = 0; g < w.groups; g++) {
+    const int64_t begin = g * w.group, end = w.groups == 1 ? w.k : least(w.k, begin + w.group);
+    for (int64_t k = begin; k < end; k += many_block) {
+      const int64_t count = least(many_block, end - k);
+      pack(w, n, outputs, k, count, m);
+      many_tiles(a, first, rows, outputs, k, count, m);
+    }
+    add_group(a, first, rows, n, outputs, g, m);
+  }
+  for (int64_t i = 0; i < rows; i++) finish<T>(a.share, first + i, n, outputs, m.out[i]);
+}
+
+template <class T>
+void multiply_many(const Int8Product& a, char* memory) {
+  Many& m = *(Many*)memory;
+  __builtin_memset(m.sums, 0, sizeof m.sums);
+  __builtin_memset(m.of_codes, 0, sizeof m.of_codes);
+  __builtin_memset(m.scale, 0, sizeof m.scale);
+  // Blocks of x are about equally long: a short one would hardly pay for the panels.
+  const int64_t blocks = (a.rows + most_many - 1) / most_many, last = a.share.first + a.share.count;
+  const int64_t block_rows = round_up((a.rows + blocks - 1) / blocks, many_rows);
+  for (int64_t first = 0; first < a.rows; first += block_rows)
+    for (int64_t n = a.share.first; n < last; n += most_outputs)
+      many_block_of<T>(a, first, least(block_rows, a.rows - first), n, least(most_outputs, last - n), m);
+}
+
+// ---- x ----
+
+// codes = round(x / scale), plus 128 where they are bytes, with scale = max|x| / 127; a scale that is not finite where
+// x is not.
+template <class T, class Code>
 void quantise_row(const void* from, int64_t k, uint8_t* codes, float* scale) {
+  typedef Code words __attribute__((vector_size(sizeof(Code) * MK_LANES)));
+  constexpr int32_t zero_code = sizeof(Code) == 1 ? 128 : 0;
   const T* x = (const T*)from;
   vf largest = {}, nothing = {};
   for (int64_t i = 0; i < k; i += lanes) {
@@ -131,16 +302,26 @@ void quantise_row(const void* from, int64_t k, uint8_t* codes, float* scale) {
   for (int64_t i = 0; i < round_up(k, int8_row_unit); i += lanes) {
     const int64_t count = k - i;
     const vf v = count >= lanes ? load(x + i) : load_n(x + i, count > 0 ? count : 0);
-    const vi code = by > 0 ? to_int(v / by) + 128 : set1(128);
-    store_words(codes + i, __builtin_convertvector(code, bytes));
+    const vi code = by > 0 ? to_int(v / by) + zero_code : set1(zero_code);
+    store_words((Code*)codes + i, __builtin_convertvector(code, words));
   }
 }
+
+#if MK_BF16
+using ManyCode = uint8_t;
+#else
+using ManyCode = int16_t;
+#endif
 
 }  // namespace
 
 const Int8ProductKernels int8_product = {
-    {quantise_row<float>, quantise_row<bf16>, quantise_row<f16>, nullptr},
+    sizeof(ManyCode),
+    sizeof(Many),
+    {quantise_row<float, uint8_t>, quantise_row<bf16, uint8_t>, quantise_row<f16, uint8_t>, nullptr},
+    {quantise_row<float, ManyCode>, quantise_row<bf16, ManyCode>, quantise_row<f16, ManyCode>, nullptr},
     {multiply<float>, multiply<bf16>, multiply<f16>, nullptr},
+    {multiply_many<float>, multiply_many<bf16>, multiply_many<f16>, nullptr},
 };
 
 }  // namespace mk::MK_ISA

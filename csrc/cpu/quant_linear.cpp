@@ -142,13 +142,20 @@ template <Codes kind, bool fixed>
 struct Product {
   static constexpr int vectors = kind == Codes::int8 ? 2 : 1;
 
+  // Of int8 codes by x in int16, added to a sum.
+  MK_INLINE vi add(vi sum, const uint8_t* codes, const Prepared& p, int64_t c, int v) {
+    const int16_t* x = p.halves + c * piece + v * 4 * lanes;
+    const vs w = load_words<vs>(codes);
+    return dot_pairs(dot_pairs(sum, w << 8 >> 8, load_words<vs>(x)), w >> 8, load_words<vs>(x + 2 * lanes));
+  }
+
   MK_INLINE vf of(const uint8_t* codes, const Prepared& p, int64_t c, int v) {
-    if constexpr (fixed) {
+    if constexpr (fixed && kind == Codes::int8) {
+      return to_float(add(vi{}, codes, p, c, v));
+    } else if constexpr (fixed) {
       const int16_t* x = p.halves + c * piece + v * 4 * lanes;
       const vs w = load_words<vs>(codes);
       const auto part = [&](int i) __attribute__((always_inline)) { return load_words<vs>(x + i * 2 * lanes); };
-      if constexpr (kind == Codes::int8)
-        return to_float(dot_pairs(dot_pairs(vi{}, w << 8 >> 8, part(0)), w >> 8, part(1)));
       vi sum = load_words<vi>(p.start + c * lanes);
       sum = dot_pairs(sum, w & 15, part(0));
       sum = dot_pairs(sum, w >> 4 & 15, part(1));
@@ -172,22 +179,33 @@ struct Product {
   }
 };
 
-// Adds one piece of `together` rows; a row has `per_piece` scales for it.
+// Adds one piece of `together` rows; a row has `per_piece` scales for it, or 0 where its one scale comes at the end.
 template <Codes kind, bool fixed, int per_piece, bool with_offset>
 MK_INLINE void add_piece(const Prepared& p, int64_t c, const uint8_t* const* codes, const float* const* scale,
                          const float* const* offset, vf* sums) {
   using P = Product<kind, fixed>;
   constexpr int parts = per_piece > P::vectors ? per_piece / P::vectors : 1;
 #pragma GCC unroll 8
-  for (int r = 0; r < together; r++)
+  for (int r = 0; r < together; r++) {
+    if constexpr (fixed && kind == Codes::int8 && per_piece <= 1) {
+      vf by = set1(p.scale[c]);
+      if constexpr (per_piece) by *= *scale[r];
+      sums[r] += to_float(P::add(P::add(vi{}, codes[r], p, c, 0), codes[r] + 4 * lanes, p, c, 1)) * by;
+      continue;
+    }
 #pragma GCC unroll 2
     for (int v = 0; v < P::vectors; v++) {
+      if constexpr (!per_piece) {
+        sums[r] += P::of(codes[r] + v * 4 * lanes, p, c, v) * p.scale[c];
+        continue;
+      }
       const int at = v * per_piece / P::vectors;
       vf by = spread<parts>(scale[r] + at);
       if constexpr (fixed) by *= p.scale[c];
       sums[r] += P::of(codes[r] + v * 4 * lanes, p, c, v) * by;
       if constexpr (with_offset) sums[r] += spread<parts>(offset[r] + at) * load(p.sums + c * lanes);
     }
+  }
 }
 
 // The last piece of a row, where less than a whole one is left. What follows in memory is multiplied by zeros; where
@@ -210,7 +228,7 @@ MK_INLINE void add_rest(const QuantWeight& w, const Prepared& p, int64_t c, cons
       __builtin_memcpy(copied[r], from[r], row_bytes - c * bytes);
       from[r] = copied[r];
     }
-    if (per_piece == 1) continue;
+    if (per_piece <= 1) continue;
     for (int j = 0; j < per_piece; j++) {
       scales[0][r][j] = j < have ? by[r][j] : 0.f;
       if (with_offset) scales[1][r][j] = j < have ? more[r][j] : 0.f;
@@ -253,7 +271,7 @@ __attribute__((noinline)) void dots(const QuantWeight& w, const Prepared& p, int
     vf t[at_once];
     for (int j = 0; j < at_once; j++) t[j] = sums[r + j];
     const vf all = sum_each(t);
-    for (int j = 0; j < at_once; j++) out[r + j] = all[j];
+    for (int j = 0; j < at_once; j++) out[r + j] = per_piece ? all[j] : all[j] * *scale[r + j];
   }
 }
 
@@ -262,6 +280,9 @@ using Dots = void (*)(const QuantWeight&, const Prepared&, int64_t, int64_t, flo
 template <Codes kind, bool fixed, bool with_offset>
 Dots by_groups(const QuantWeight& w) {
   const int64_t per_piece = w.group >= piece ? 1 : piece / w.group;
+  // x in int16 is within 1e30, so that codes times x overflow in no row; any other x needs its scale at once.
+  if constexpr (fixed && !with_offset)
+    if (w.groups == 1) return dots<kind, fixed, 0, with_offset>;
   if (per_piece == 1) return dots<kind, fixed, 1, with_offset>;
   if constexpr (piece >= 64)
     if (per_piece == 2) return dots<kind, fixed, 2, with_offset>;

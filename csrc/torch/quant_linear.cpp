@@ -16,6 +16,8 @@ namespace {
 constexpr int64_t grain_bytes = int64_t{1} << 16;
 // Up to so many rows a pass over the codes is quicker than dequantising them (Zen 5).
 constexpr int64_t few_rows = 16;
+// From so many rows on it pays to pack an int8 weight for a product with int8 rows.
+constexpr int64_t many_int8_rows = 32;
 
 struct Call {
   Tensor x;
@@ -136,15 +138,22 @@ void multiply_int8(const Call& c, void* out) {
   thread_local Memory memory;
   const auto& kernels = pick(int8_product_tiers);
   const int at = static_cast<int>(c.dtype);
-  const int64_t row = (c.weight.k + int8_row_unit - 1) / int8_row_unit * int8_row_unit;
+  const bool many = c.rows >= many_int8_rows && c.weight.k <= int64_t{1} << 17;
+  const auto quantise = many ? kernels.quantise_row_of_many[at] : kernels.quantise_row[at];
+  const int64_t codes_in_row = (c.weight.k + int8_row_unit - 1) / int8_row_unit * int8_row_unit;
+  const int64_t row = codes_in_row * (many ? kernels.many_code_bytes : 1);
   auto* codes = reinterpret_cast<uint8_t*>(memory.at_least(c.rows * (row + sizeof(float)) + 64));
   auto* scales = reinterpret_cast<float*>(codes + c.rows * row);
   in_parallel(c.rows, grain_rows(c.weight.k), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
-      kernels.quantise_row[at](data(c.x) + i * c.x_row * size_of(c.dtype), c.weight.k, codes + i * row, scales + i);
+      quantise(data(c.x) + i * c.x_row * size_of(c.dtype), c.weight.k, codes + i * row, scales + i);
   });
-  share_outputs(c, c.weight.row * c.rows, out,
-                [&](const QuantShare& share) { kernels.multiply[at]({codes, scales, row, c.rows, &c.weight, share}); });
+  share_outputs(c, c.weight.row * c.rows, out, [&](const QuantShare& share) {
+    const Int8Product product{codes, scales, row, c.rows, &c.weight, share};
+    if (!many) return kernels.multiply[at](product);
+    thread_local Memory panels;
+    kernels.multiply_many[at](product, panels.at_least(kernels.many_memory));
+  });
 }
 
 Tensor run(Scheme scheme, const Tensor& x_in, const Tensor& codes_in, const Tensor& scale_in, const Maybe& offset_in,
