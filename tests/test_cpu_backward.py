@@ -134,6 +134,11 @@ def test_threads_and_streaming_change_nothing(tier):
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     rows = slice(4100, 4105)
+    for name, gradients in (("rms_norm_backward", (dy,)), ("add_rms_norm_backward", (dy, up))):
+        run = getattr(BACKWARD, name)
+        dx = run(*gradients, x, weight, rstd, True)[0]
+        alone = run(*(t[rows] for t in gradients), x[rows], weight, rstd[rows], True)[0]
+        assert torch.equal(dx[rows], alone), name
     alone = BACKWARD.swiglu_backward(dy[rows], x[rows], up[rows])
     assert all(torch.equal(a, b[rows]) for a, b in zip(alone, results[0][2:], strict=True))
     packed = BACKWARD.swiglu_packed_backward(dy, torch.cat((x, up), -1))

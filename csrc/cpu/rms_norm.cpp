@@ -1,22 +1,46 @@
 #include "cpu/rms_norm.h"
 
-#include "cpu/vec.h"
+#include "cpu/traffic.h"
 
 namespace mk::MK_ISA {
 namespace {
 
-// Sum of squares; with kAdd of the rounded x + residual, which goes to `total`. Float partial sums of at most 64 terms,
-// which are summed in double, keep the error within float's rounding for any n.
+// What is normalised: x, or with kAdd the rounded x + residual.
 template <class T, bool kAdd>
-MK_INLINE double sum_of_squares(const T* x, const T* residual, T* total, int64_t n) {
+struct Row {
+  const T *x, *residual;
+
+  static vec_of<T> join(vec_of<T> a, vec_of<T> b) { return round_to<T>(a + b); }
+
+  vec_of<T> at(int64_t i) const {
+    if constexpr (kAdd)
+      return join(load(x + i), load(residual + i));
+    else
+      return load(x + i);
+  }
+
+  vec_of<T> at(int64_t i, int64_t n) const {
+    if constexpr (kAdd)
+      return join(load_n(x + i, n), load_n(residual + i, n));
+    else
+      return load_n(x + i, n);
+  }
+
+  void fetch_at(int64_t i, int64_t count) const {
+    fetch(x + i, count * sizeof(T));
+    if constexpr (kAdd) fetch(residual + i, count * sizeof(T));
+  }
+};
+
+// Sum of squares; with kAdd `total` takes the row. Float partial sums of at most 64 terms, which are summed in double,
+// keep the error within float's rounding for any n.
+template <class T, bool kAdd, bool kStream>
+MK_INLINE double sum_of_squares(Row<T, kAdd> row, Row<T, kAdd> next, T* total, int64_t n) {
   constexpr int w = Format<T>::width;
   using V = vec_of<T>;
   const auto value = [&](int64_t i) {
-    V v = load(x + i);
-    if constexpr (kAdd) {
-      v = round_to<T>(v + load(residual + i));
-      store(total + i, v);
-    }
+    const V v = row.at(i);
+    if constexpr (kAdd) put<T, kStream>(total + i, v);
     return v;
   };
   double whole = 0;
@@ -25,11 +49,13 @@ MK_INLINE double sum_of_squares(const T* x, const T* residual, T* total, int64_t
   int64_t i = 0;
   while (i + 4 * w <= n) {
     const int64_t end = n - i < 256 * w ? n : i + 256 * w;
-    for (; i + 4 * w <= end; i += 4 * w)
+    for (; i + 4 * w <= end; i += 4 * w) {
+      next.fetch_at(i / 2, 2 * w);
       for (int j = 0; j < 4; j++) {
         const V v = value(i + j * w);
         part[j] += v * v;
       }
+    }
     if (i + 4 * w > n) break;
     add_part();
     for (V& p : part) p = V{};
@@ -39,47 +65,68 @@ MK_INLINE double sum_of_squares(const T* x, const T* residual, T* total, int64_t
     part[0] += v * v;
   }
   if (i < n) {
-    V v = load_n(x + i, n - i);
-    if constexpr (kAdd) {
-      v = round_to<T>(v + load_n(residual + i, n - i));
-      store_n(total + i, v, n - i);
-    }
+    const V v = row.at(i, n - i);
+    if constexpr (kAdd) store_n(total + i, v, n - i);
     part[1] += v * v;
   }
   add_part();
   return whole;
 }
 
-template <class T, class W, bool kModel, class S>
-MK_INLINE void scale(const T* x, S rstd, const W* weight, W* y, int64_t n) {
+template <class T, class W, bool kModel, bool kStream, class Source, class Next, class S>
+MK_INLINE void scale(Source row, Next next, S rstd, const W* weight, W* y, int64_t n) {
   constexpr int w = Format<T>::width;
   const auto product = [&](vec_of<T> v, vec_of<T> by) {
     v *= rstd;
     return (kModel ? round_to<T>(v) : v) * by;
   };
   int64_t i = 0;
-  for (; i + w <= n; i += w) store(y + i, product(load(x + i), load(weight + i)));
-  if (i < n) store_n(y + i, product(load_n(x + i, n - i), load_n(weight + i, n - i)), n - i);
+  for (; i + 4 * w <= n; i += 4 * w) {
+    next.fetch_at((n + i) / 2, 2 * w);
+    for (int j = 0; j < 4; j++) put<W, kStream>(y + i + j * w, product(row.at(i + j * w), load(weight + i + j * w)));
+  }
+  for (; i + w <= n; i += w) put<W, kStream>(y + i, product(row.at(i), load(weight + i)));
+  if (i < n) store_n(y + i, product(row.at(i, n - i), load_n(weight + i, n - i)), n - i);
+}
+
+// While one row is in work the next is fetched, its front half by the first pass and the rest by the second: the
+// processor's own prefetch ends with a row, and the second pass, which finds the row in a cache, would leave memory
+// idle.
+template <class T, class W, bool kModel, bool kAdd, bool kStream>
+void run_rows(const RmsNormRows& a) {
+  using S = decltype(sum(vec_of<T>{}));
+  Row<T, kAdd> row = {static_cast<const T*>(a.x), static_cast<const T*>(a.residual)};
+  const W* weight = static_cast<const W*>(a.weight);
+  for (int64_t r = 0; r < a.rows; r++) {
+    Row<T, kAdd> next = row;
+    if (r + 1 < a.rows) next.x += a.x_stride, next.residual += kAdd ? a.residual_stride : 0;
+    const Row<T, kAdd> fetched = a.n * int64_t{sizeof(T)} <= fetched_row ? next : row;
+    T* total = kAdd ? static_cast<T*>(a.total) + r * a.n : nullptr;
+    const double mean = sum_of_squares<T, kAdd, kStream>(row, fetched, total, a.n) / double(a.n);
+    const S rstd = S(1 / __builtin_sqrt(mean + a.eps));
+    static_cast<S*>(a.rstd)[r] = rstd;
+    W* y = static_cast<W*>(a.y) + r * a.n;
+    if constexpr (kAdd && !kStream)
+      scale<T, W, kModel, kStream>(Row<T, false>{total, nullptr}, fetched, rstd, weight, y, a.n);
+    else
+      scale<T, W, kModel, kStream>(row, fetched, rstd, weight, y, a.n);
+    row = next;
+  }
+  if constexpr (kStream) stream_fence();
 }
 
 template <class T, class W, bool kModel, bool kAdd>
 void run(const RmsNormRows& a) {
-  using S = decltype(sum(vec_of<T>{}));
-  const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
-  const W* weight = static_cast<const W*>(a.weight);
-  for (int64_t r = 0; r < a.rows; r++, x += a.x_stride, residual += kAdd ? a.residual_stride : 0) {
-    T* total = kAdd ? static_cast<T*>(a.total) + r * a.n : nullptr;
-    const double mean = sum_of_squares<T, kAdd>(x, residual, total, a.n) / double(a.n);
-    const S rstd = S(1 / __builtin_sqrt(mean + a.eps));
-    static_cast<S*>(a.rstd)[r] = rstd;
-    scale<T, W, kModel>(kAdd ? total : x, rstd, weight, static_cast<W*>(a.y) + r * a.n, a.n);
-  }
+  if (a.past_caches)
+    run_rows<T, W, kModel, kAdd, true>(a);
+  else
+    run_rows<T, W, kModel, kAdd, false>(a);
 }
 
 }  // namespace
 
 #define MK_ADD(T, W, model) {run<T, W, model, false>, run<T, W, model, true>}
-#define MK_MODEL(T, W) {MK_ADD(T, W, false), MK_ADD(T, W, true)}
+#define MK_MODEL(T, W) {MK_ADD(T, W, false), MK_ADD(T, W, (sizeof(T) == 2))}
 const RmsNormKernels rms_norm = {{
     {MK_MODEL(float, float), {}},
     {MK_MODEL(bf16, bf16), MK_MODEL(bf16, float)},

@@ -1,62 +1,136 @@
 #include "cpu/rms_norm_backward.h"
 
-#include "cpu/vec.h"
+#include "cpu/traffic.h"
 
 namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t block_rows = 16;  // summed alone before they are added to the rest: short sums err less
+constexpr int some_rows = 4;        // in work at once
+
+// One row's inputs; dtotal may be null.
+template <class T, class W>
+struct Row {
+  const T* x;
+  const W* dy;
+  const T* dtotal;
+
+  void fetch_at(int64_t i, int64_t count) const {
+    fetch(x + i, count * sizeof(T));
+    fetch(dy + i, count * sizeof(W));
+    if (dtotal) fetch(dtotal + i, count * sizeof(T));
+  }
+};
 
 // Sum of x * dy * weight. Float partial sums of at most 64 terms are summed in double, as in the forward.
 template <class T, class W>
-MK_INLINE double dot(const T* x, const W* dy, const W* weight, int64_t n) {
+__attribute__((noinline)) double dot(const Row<T, W>& row, const Row<T, W>& next, const W* weight, int64_t n) {
   constexpr int w = Format<T>::width;
   using V = vec_of<T>;
   double whole = 0;
   V part[4] = {};
   const auto add_part = [&] { whole += sum((part[0] + part[1]) + (part[2] + part[3])); };
-  const auto value = [&](int64_t i) { return load(x + i) * (load(dy + i) * load(weight + i)); };
+  const auto value = [&](int64_t i) { return load(row.x + i) * (load(row.dy + i) * load(weight + i)); };
   int64_t i = 0;
   while (i + 4 * w <= n) {
     const int64_t end = n - i < 256 * w ? n : i + 256 * w;
-    for (; i + 4 * w <= end; i += 4 * w)
+    for (; i + 4 * w <= end; i += 4 * w) {
+      next.fetch_at(i / 2, 2 * w);
       for (int j = 0; j < 4; j++) part[j] += value(i + j * w);
+    }
     if (i + 4 * w > n) break;
     add_part();
     for (V& p : part) p = V{};
   }
   for (; i + w <= n; i += w) part[0] += value(i);
   if (const int64_t left = n - i; left)
-    part[1] += load_n(x + i, left) * (load_n(dy + i, left) * load_n(weight + i, left));
+    part[1] += load_n(row.x + i, left) * (load_n(row.dy + i, left) * load_n(weight + i, left));
   add_part();
   return whole;
 }
 
-// What one row gives: dx, and its addition to dweight.
-template <class T, class W, bool kModel, bool kTotal, class S>
-MK_INLINE void row(const T* x, const W* dy, const T* dtotal, const W* weight, S rstd, T* dx, S* dweight, int64_t n) {
-  constexpr int w = Format<T>::width;
+// What rows of the same length give: dx, and in their order their addition to dweight.
+template <class T, class W, bool kModel, bool kTotal, int kRows>
+struct Gradients {
+  static constexpr int w = Format<T>::width;
   using V = vec_of<T>;
-  const S mean = S(double(rstd) * dot(x, dy, weight, n) / double(n));
-  const auto value = [&](V x, V d, V by, V& sum) {
-    const V normed = x * rstd;
+  using S = decltype(sum(V{}));
+  Row<T, W> row[kRows], next[kRows];
+  S rstd[kRows], mean[kRows];
+  T* dx[kRows];
+  const W* weight;
+  S* dweight;
+  int64_t n;
+
+  V value(int r, V x, V d, V by, V& sum) const {
+    const V normed = x * rstd[r];
     sum += d * (kModel ? round_to<T>(normed) : normed);
-    return (d * by - normed * mean) * rstd;
-  };
-  int64_t i = 0;
-  for (; i + w <= n; i += w) {
-    V sum = load(dweight + i), out = value(load(x + i), load(dy + i), load(weight + i), sum);
-    if constexpr (kTotal) out += load(dtotal + i);
-    store(dx + i, out);
+    return (d * by - normed * mean[r]) * rstd[r];
+  }
+
+  // The sums of dweight are loaded and stored once for all rows.
+  template <bool kStream>
+  void columns(int64_t i) const {
+    V sum = load(dweight + i);
+    const V by = load(weight + i);
+    for (int r = 0; r < kRows; r++) {
+      V out = value(r, load(row[r].x + i), load(row[r].dy + i), by, sum);
+      if constexpr (kTotal) out += load(row[r].dtotal + i);
+      put<T, kStream>(dx[r] + i, out);
+    }
     store(dweight + i, sum);
   }
-  if (const int64_t left = n - i; left) {
+
+  void last_columns(int64_t i) const {
+    const int64_t left = n - i;
     V sum = load_n(dweight + i, left);
-    V out = value(load_n(x + i, left), load_n(dy + i, left), load_n(weight + i, left), sum);
-    if constexpr (kTotal) out += load_n(dtotal + i, left);
-    store_n(dx + i, out, left);
+    const V by = load_n(weight + i, left);
+#pragma GCC unroll 1
+    for (int r = 0; r < kRows; r++) {
+      V out = value(r, load_n(row[r].x + i, left), load_n(row[r].dy + i, left), by, sum);
+      if constexpr (kTotal) out += load_n(row[r].dtotal + i, left);
+      store_n(dx[r] + i, out, left);
+    }
     store_n(dweight + i, sum, left);
   }
+
+  template <bool kStream>
+  void all_columns() const {
+    int64_t i = 0;
+    for (; i + 4 * w <= n; i += 4 * w) {
+      for (const Row<T, W>& r : next) r.fetch_at((n + i) / 2, 2 * w);
+#pragma GCC unroll 1
+      for (int j = 0; j < 4; j++) columns<kStream>(i + j * w);
+    }
+    for (; i + w <= n; i += w) columns<kStream>(i);
+    if (i < n) last_columns(i);
+  }
+};
+
+// While some rows are in work those after them are fetched, the front half of each by the first pass and the rest by
+// the second: the processor's own prefetch ends with a row, and the second pass, which finds its rows in a cache, would
+// leave memory idle.
+template <class T, class W, bool kModel, bool kTotal, int kRows, class S>
+void add_rows(const RmsNormGradients& a, int64_t first, S* dweight) {
+  const bool fetches = a.n * int64_t{sizeof(T)} <= fetched_row;
+  const int64_t last = a.rows + a.follow - 1;
+  const auto row_at = [&](int64_t r) {
+    return Row<T, W>{static_cast<const T*>(a.x) + r * a.x_stride, static_cast<const W*>(a.dy) + r * a.dy_stride,
+                     kTotal ? static_cast<const T*>(a.dtotal) + r * a.dtotal_stride : nullptr};
+  };
+  Gradients<T, W, kModel, kTotal, kRows> g;
+  g.weight = static_cast<const W*>(a.weight), g.dweight = dweight, g.n = a.n;
+  for (int r = 0; r < kRows; r++) {
+    const int64_t at = first + r, next = !fetches ? at : at + kRows < last ? at + kRows : last;
+    g.row[r] = row_at(at), g.next[r] = row_at(next);
+    g.rstd[r] = static_cast<const S*>(a.rstd)[at];
+    g.mean[r] = S(double(g.rstd[r]) * dot(g.row[r], g.next[r], g.weight, a.n) / double(a.n));
+    g.dx[r] = static_cast<T*>(a.dx) + at * a.n;
+  }
+  if (a.past_caches)
+    g.template all_columns<true>();
+  else
+    g.template all_columns<false>();
 }
 
 // to += from, which becomes 0.
@@ -72,18 +146,23 @@ MK_INLINE void move_sums(S* to, S* from, int64_t n) {
 template <class T, class W, bool kModel, bool kTotal>
 void run(const RmsNormGradients& a) {
   using S = decltype(sum(vec_of<T>{}));
-  const T *x = static_cast<const T*>(a.x), *dtotal = static_cast<const T*>(a.dtotal);
-  const W *dy = static_cast<const W*>(a.dy), *weight = static_cast<const W*>(a.weight);
   S *whole = static_cast<S*>(a.dweight), *block = static_cast<S*>(a.block);
   if (a.at == 0) {
     __builtin_memset(whole, 0, a.n * sizeof(S));
     __builtin_memset(block, 0, a.n * sizeof(S));
   }
-  for (int64_t r = 0; r < a.rows; r++) {
-    row<T, W, kModel, kTotal>(x + r * a.x_stride, dy + r * a.dy_stride, kTotal ? dtotal + r * a.dtotal_stride : nullptr,
-                              weight, static_cast<const S*>(a.rstd)[r], static_cast<T*>(a.dx) + r * a.n, block, a.n);
-    if (const int64_t done = a.at + r + 1; done % block_rows == 0 || done == a.of) move_sums(whole, block, a.n);
+  for (int64_t r = 0; r < a.rows;) {
+    const int64_t in_block = block_rows - (a.at + r) % block_rows;
+    if (in_block >= some_rows && a.rows - r >= some_rows) {
+      add_rows<T, W, kModel, kTotal, some_rows>(a, r, block);
+      r += some_rows;
+    } else {
+      add_rows<T, W, kModel, kTotal, 1>(a, r, block);
+      r++;
+    }
+    if (const int64_t done = a.at + r; done % block_rows == 0 || done == a.of) move_sums(whole, block, a.n);
   }
+  if (a.past_caches) stream_fence();
 }
 
 template <class S, class W>
@@ -104,7 +183,7 @@ void join(const void* partials, int64_t parts, int64_t n, int64_t first, int64_t
 }  // namespace
 
 #define MK_TOTAL(T, W, model) {run<T, W, model, false>, run<T, W, model, true>}
-#define MK_MODEL(T, W) {MK_TOTAL(T, W, false), MK_TOTAL(T, W, true)}
+#define MK_MODEL(T, W) {MK_TOTAL(T, W, false), MK_TOTAL(T, W, (sizeof(T) == 2))}
 const RmsNormBackwardKernels rms_norm_backward = {
     {
         {MK_MODEL(float, float), {}},

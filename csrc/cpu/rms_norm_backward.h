@@ -7,11 +7,14 @@ namespace mk {
 // Rows of n elements, `*_stride` elements apart; dx is contiguous. `dtotal` is what flows into the sum by the other
 // way, null where there is none. They are the rows [at, at + rows) of a part of `of` rows, whose sum `dweight` [n]
 // takes, in the accumulation dtype; calls for one part come in order, with the same `block`, room for n more such sums.
+// `follow` rows are read after these, at the same distances. `past_caches` for a dx that no cache will hold, each row
+// of which starts at a whole vector.
 struct RmsNormGradients {
   const void *dy, *dtotal, *x, *weight, *rstd;
   int64_t dy_stride, dtotal_stride, x_stride;
   void *dx, *dweight, *block;
-  int64_t rows, n, at, of;
+  int64_t rows, n, at, of, follow;
+  bool past_caches;
 };
 
 struct RmsNormBackwardKernels {

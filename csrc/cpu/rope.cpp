@@ -1,6 +1,6 @@
 #include "cpu/rope.h"
 
-#include "cpu/vec.h"
+#include "cpu/traffic.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -56,15 +56,15 @@ MK_INLINE void turn(V& a, V& b, V c, V s) {
   a = first;
 }
 
-template <class T, bool kInverse, class S>
+template <class T, bool kInverse, bool kStream, class S>
 MK_INLINE void half_split(const T* x, T* out, int64_t half, const S* cos, const S* sin) {
   constexpr int w = Format<T>::width;
   int64_t j = 0;
   for (; j + w <= half; j += w) {
     vec_of<T> a = load(x + j), b = load(x + half + j);
     turn<kInverse>(a, b, load(cos + j), load(sin + j));
-    store(out + j, a);
-    store(out + half + j, b);
+    put<T, kStream>(out + j, a);
+    put<T, kStream>(out + half + j, b);
   }
   if (const int64_t left = half - j; left) {
     vec_of<T> a = load_n(x + j, left), b = load_n(x + half + j, left);
@@ -74,7 +74,7 @@ MK_INLINE void half_split(const T* x, T* out, int64_t half, const S* cos, const 
   }
 }
 
-template <class T, bool kInverse, class S>
+template <class T, bool kInverse, bool kStream, class S>
 MK_INLINE void adjacent(const T* x, T* out, int64_t half, const S* cos, const S* sin) {
   constexpr int w = Format<T>::width;
   using V = vec_of<T>;
@@ -89,8 +89,8 @@ MK_INLINE void adjacent(const T* x, T* out, int64_t half, const S* cos, const S*
   for (; j + w <= half; j += w) {
     V low = load(x + 2 * j), high = load(x + 2 * j + w);
     turn_pairs(low, high, load(cos + j), load(sin + j));
-    store(out + 2 * j, low);
-    store(out + 2 * j + w, high);
+    put<T, kStream>(out + 2 * j, low);
+    put<T, kStream>(out + 2 * j + w, high);
   }
   if (const int64_t left = half - j; left) {
     const int64_t first = 2 * left < w ? 2 * left : w, second = 2 * left - first;
@@ -101,18 +101,26 @@ MK_INLINE void adjacent(const T* x, T* out, int64_t half, const S* cos, const S*
   }
 }
 
-template <class T, bool kAdjacent, bool kInverse>
-void rotate(const void* x, int64_t head_stride, void* out, int64_t heads, int64_t dim, const void* cos,
-            const void* sin) {
+template <class T, bool kAdjacent, bool kInverse, bool kStream>
+void rotate_heads(const RopeHeads& a) {
   using S = decltype(sum(vec_of<T>{}));
-  for (int64_t h = 0; h < heads; h++) {
-    const T* from = static_cast<const T*>(x) + h * head_stride;
-    T* to = static_cast<T*>(out) + h * dim;
+  const S *cos = static_cast<const S*>(a.cos), *sin = static_cast<const S*>(a.sin);
+  for (int64_t h = 0; h < a.heads; h++) {
+    const T* from = static_cast<const T*>(a.x) + h * a.head_stride;
+    T* to = static_cast<T*>(a.out) + h * a.dim;
     if constexpr (kAdjacent)
-      adjacent<T, kInverse>(from, to, dim / 2, static_cast<const S*>(cos), static_cast<const S*>(sin));
+      adjacent<T, kInverse, kStream>(from, to, a.dim / 2, cos, sin);
     else
-      half_split<T, kInverse>(from, to, dim / 2, static_cast<const S*>(cos), static_cast<const S*>(sin));
+      half_split<T, kInverse, kStream>(from, to, a.dim / 2, cos, sin);
   }
+}
+
+template <class T, bool kAdjacent, bool kInverse>
+void rotate(const RopeHeads& a) {
+  if (a.past_caches)
+    rotate_heads<T, kAdjacent, kInverse, true>(a);
+  else
+    rotate_heads<T, kAdjacent, kInverse, false>(a);
 }
 
 }  // namespace

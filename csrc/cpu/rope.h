@@ -4,12 +4,20 @@
 
 namespace mk {
 
-// Rotates one token's heads, `head_stride` elements apart, into a contiguous out; cos and sin are the token's dim / 2.
+// One token's heads of `dim` elements, `head_stride` apart; out is contiguous, cos and sin are the token's dim / 2.
+// `past_caches` for an output no cache will hold, each half head of which starts at a whole vector; the caller fences.
+struct RopeHeads {
+  const void* x;
+  int64_t head_stride;
+  void* out;
+  int64_t heads, dim;
+  const void *cos, *sin;
+  bool past_caches;
+};
+
 struct RopeKernels {
-  using Rotate = void (*)(const void* x, int64_t head_stride, void* out, int64_t heads, int64_t dim, const void* cos,
-                          const void* sin);
   // rotate[dtype][pairs are adjacent, not half a head apart][by the negative angle]
-  Rotate rotate[dtypes][2][2];
+  void (*rotate[dtypes][2][2])(const RopeHeads&);
 };
 
 }  // namespace mk

@@ -1,6 +1,6 @@
 #include "cpu/swiglu.h"
 
-#include "cpu/vec.h"
+#include "cpu/traffic.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -19,10 +19,7 @@ void row(const T* gate, const T* up, T* out, int64_t n) {
   int64_t i = 0;
   for (; i + w <= n; i += w) {
     const vec_of<T> y = silu_times<T>(load(gate + i), load(up + i));
-    if constexpr (kStream)
-      stream(out + i, y);
-    else
-      store(out + i, y);
+    put<T, kStream>(out + i, y);
   }
   if (i < n) store_n(out + i, silu_times<T>(load_n(gate + i, n - i), load_n(up + i, n - i)), n - i);
 }
@@ -30,11 +27,10 @@ void row(const T* gate, const T* up, T* out, int64_t n) {
 template <class T>
 void run(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t n,
          bool past_caches) {
-  const bool aligned = (uintptr_t)out % 64 == 0 && (rows == 1 || n * sizeof(T) % 64 == 0);
-  const auto one = past_caches && aligned ? row<T, true> : row<T, false>;
+  const auto one = past_caches ? row<T, true> : row<T, false>;
   for (int64_t r = 0; r < rows; r++)
     one((const T*)gate + r * gate_stride, (const T*)up + r * up_stride, (T*)out + r * n, n);
-  if (past_caches && aligned) stream_fence();
+  if (past_caches) stream_fence();
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 #include "cpu/swiglu_backward.h"
 
-#include "cpu/vec.h"
+#include "cpu/traffic.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -28,13 +28,8 @@ void row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {
   int64_t i = 0;
   for (; i + w <= n; i += w) {
     const Gradients<T> d = gradients<T>(load(dy + i), load(gate + i), load(up + i));
-    if constexpr (kStream) {
-      stream(dgate + i, d.gate);
-      stream(dup + i, d.up);
-    } else {
-      store(dgate + i, d.gate);
-      store(dup + i, d.up);
-    }
+    put<T, kStream>(dgate + i, d.gate);
+    put<T, kStream>(dup + i, d.up);
   }
   if (const int64_t left = n - i; left) {
     const Gradients<T> d = gradients<T>(load_n(dy + i, left), load_n(gate + i, left), load_n(up + i, left));

@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> rotate_and_write(const Tensor& q_in, const Tensor& k_
                                             const Tensor& sin, const Maybe& cu, bool adjacent) {
   const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
   const Tensor flat = torch::stable::contiguous(positions_in);
-  const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, false);
+  const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, false, true);
   const Rows<3> rows({&q, &k, &v}, 2);
   check(k, v, rings, rows.count(), flat);
   const Positions positions(flat);
@@ -168,6 +168,7 @@ std::tuple<Tensor, Tensor> rotate_and_write(const Tensor& q_in, const Tensor& k_
         values.put(targets[token], v_from + (at[2] + i * rows.stride(2)) * size, v_head, size);
       }
     });
+    rotation.finish();
   });
   keys.finish();
   values.finish();

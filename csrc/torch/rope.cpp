@@ -5,7 +5,8 @@
 
 namespace mk {
 
-Rotation::Rotation(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool adjacent, bool inverse)
+Rotation::Rotation(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool adjacent, bool inverse,
+                   bool k_is_read)
     : q_out(empty(q.sizes(), dtype_of(q))), k_out(empty(k.sizes(), dtype_of(q))) {
   const Dtype dtype = dtype_of(q);
   STD_TORCH_CHECK(dtype_of(k) == dtype, "q and k must be of one dtype");
@@ -21,6 +22,8 @@ Rotation::Rotation(const Tensor& q, const Tensor& k, const Tensor& cos, const Te
   q_row_ = q_heads_ * dim_ * size_, k_row_ = k_heads_ * dim_ * size_;
   q_from_ = data(q), k_from_ = data(k), cos_ = data(cos), sin_ = data(sin);
   q_to_ = mutable_data(q_out), k_to_ = mutable_data(k_out);
+  q_past_caches_ = past_caches((q_out.numel() + k_out.numel()) * size_, q_to_, k_to_, dim_ / 2 * size_);
+  k_past_caches_ = q_past_caches_ && !k_is_read;
   table_rows_ = cos.size(0);
   cos_row_ = cos.stride(0) * size_of(wide(dtype)), sin_row_ = sin.stride(0) * size_of(wide(dtype));
 }
@@ -32,8 +35,8 @@ void Rotation::check(int64_t position) const {
 
 void Rotation::rotate(int64_t token, int64_t position, int64_t q_at, int64_t k_at) const {
   const char *cos = cos_ + position * cos_row_, *sin = sin_ + position * sin_row_;
-  kernel_(q_from_ + q_at * size_, q_stride_, q_to_ + token * q_row_, q_heads_, dim_, cos, sin);
-  kernel_(k_from_ + k_at * size_, k_stride_, k_to_ + token * k_row_, k_heads_, dim_, cos, sin);
+  kernel_({q_from_ + q_at * size_, q_stride_, q_to_ + token * q_row_, q_heads_, dim_, cos, sin, q_past_caches_});
+  kernel_({k_from_ + k_at * size_, k_stride_, k_to_ + token * k_row_, k_heads_, dim_, cos, sin, k_past_caches_});
 }
 
 void Rotation::clear(int64_t token) const {
@@ -51,13 +54,14 @@ void rotate_all(const Rotation& rotation, const Rows<2>& rows, const Position& p
       for (int64_t i = 0; i < count; i++)
         rotation.rotate(first + i, position(first + i), at[0] + i * rows.stride(0), at[1] + i * rows.stride(1));
     });
+    rotation.finish();
   });
 }
 
 std::tuple<Tensor, Tensor> rope(const Tensor& q_in, const Tensor& k_in, const Tensor& cos, const Tensor& sin,
                                 std::optional<Tensor> positions, bool adjacent, bool inverse) {
   const Tensor q = unit_stride(q_in), k = unit_stride(k_in);
-  const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, inverse);
+  const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, inverse, false);
   const Rows<2> rows({&q, &k}, 2);
   if (!rows.count()) return {rotation.q_out, rotation.k_out};
   if (positions) {

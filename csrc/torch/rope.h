@@ -4,6 +4,7 @@
 
 #include "cpu/rope.h"
 #include "torch/binding.h"
+#include "torch/traffic.h"
 
 namespace mk {
 
@@ -23,7 +24,9 @@ class Positions {
 // The rotation of q and k [..., heads, D] of one dtype into contiguous outputs, token by token.
 class Rotation {
  public:
-  Rotation(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool adjacent, bool inverse);
+  // `k_is_read`: rotated_k is called.
+  Rotation(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool adjacent, bool inverse,
+           bool k_is_read);
 
   // Throws where the tables do not hold the position.
   void check(int64_t position) const;
@@ -33,17 +36,22 @@ class Rotation {
   void clear(int64_t token) const;
 
   const char* rotated_k(int64_t token) const { return k_to_ + token * k_row_; }
+  // After a thread's last token.
+  void finish() const {
+    if (q_past_caches_) stream_fence();
+  }
   // Tokens that one thread should at least take.
   int64_t grain() const { return grain_rows((q_heads_ + k_heads_) * dim_); }
 
   Tensor q_out, k_out;
 
  private:
-  RopeKernels::Rotate kernel_;
+  void (*kernel_)(const RopeHeads&);
   const char *q_from_, *k_from_, *cos_, *sin_;
   char *q_to_, *k_to_;
   int64_t size_, dim_, q_heads_, k_heads_, q_stride_, k_stride_, q_row_, k_row_;  // rows in bytes
   int64_t table_rows_, cos_row_, sin_row_;                                        // in bytes
+  bool q_past_caches_, k_past_caches_;
 };
 
 }  // namespace mk

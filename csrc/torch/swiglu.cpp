@@ -2,31 +2,28 @@
 #include "cpu/swiglu.h"
 
 #include "torch/ops.h"
+#include "torch/traffic.h"
 
 namespace mk {
 namespace {
-
-// Outputs from this size on are stored past the caches, which would not hold them: 15 % less time into memory that is
-// mapped already, none lost into fresh memory (58 MB, Zen 5). RMSNorm gained nothing by it.
-constexpr int64_t past_caches_bytes = int64_t{16} << 20;
 
 // gate and up: `rows`' tensors, from these addresses on, in rows of n elements that lie side by side.
 void run(Dtype dtype, const char* gate, const char* up, char* out, const Rows<2>& rows, int64_t n) {
   const int64_t size = size_of(dtype), total = rows.count() * n;
   const auto kernel = pick(swiglu_tiers).run[static_cast<int>(dtype)];
-  const bool past_caches = total * size >= past_caches_bytes;
+  const bool past = past_caches(total * size, out, rows.count() > 1 ? n * size : 0);
   if (rows.count() == 1) {
     // Shares are multiples of a cache line.
     in_parallel((total + 63) / 64, grain_elements / 64, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * 64, count = (end * 64 < total ? end * 64 : total) - first;
-      kernel(gate + first * size, 0, up + first * size, 0, out + first * size, 1, count, past_caches);
+      kernel(gate + first * size, 0, up + first * size, 0, out + first * size, 1, count, past);
     });
     return;
   }
   in_parallel(rows.count(), grain_rows(n), [&](int64_t begin, int64_t end) {
     rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
       kernel(gate + at[0] * size, rows.stride(0), up + at[1] * size, rows.stride(1), out + first * n * size, count, n,
-             past_caches);
+             past);
     });
   });
 }

@@ -2,31 +2,26 @@
 #include "cpu/swiglu_backward.h"
 
 #include "torch/binding.h"
+#include "torch/traffic.h"
 
 namespace mk {
 namespace {
-
-constexpr int64_t past_caches_bytes = int64_t{16} << 20;  // of one output, as in the forward
 
 struct Places {
   const char *dy, *gate, *up;
   char *dgate, *dup;
 };
 
-bool aligned(const Places& p, int64_t out_stride_bytes) {
-  return (reinterpret_cast<uintptr_t>(p.dgate) | reinterpret_cast<uintptr_t>(p.dup) | out_stride_bytes) % 64 == 0;
-}
-
 // `rows`: of dy, gate and up, n elements each that lie side by side.
 void run(Dtype dtype, const Places& p, int64_t out_stride, const Rows<3>& rows, int64_t n) {
   const int64_t size = size_of(dtype), total = rows.count() * n;
   const auto kernel = pick(swiglu_backward_tiers).run[static_cast<int>(dtype)];
-  const bool past_caches = total * size >= past_caches_bytes && aligned(p, rows.count() > 1 ? out_stride * size : 0);
+  const bool past = past_caches(total * size, p.dgate, p.dup, rows.count() > 1 ? out_stride * size : 0);
   if (rows.count() == 1) {
     // Shares are multiples of a cache line.
     in_parallel((total + 63) / 64, grain_elements / 64, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * 64, count = (end * 64 < total ? end * 64 : total) - first, at = first * size;
-      kernel({p.dy + at, p.gate + at, p.up + at, p.dgate + at, p.dup + at, 0, 0, 0, 0, 1, count, past_caches});
+      kernel({p.dy + at, p.gate + at, p.up + at, p.dgate + at, p.dup + at, 0, 0, 0, 0, 1, count, past});
     });
     return;
   }
@@ -34,7 +29,7 @@ void run(Dtype dtype, const Places& p, int64_t out_stride, const Rows<3>& rows, 
     rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
       const int64_t to = first * out_stride * size;
       kernel({p.dy + at[0] * size, p.gate + at[1] * size, p.up + at[2] * size, p.dgate + to, p.dup + to, rows.stride(0),
-              rows.stride(1), rows.stride(2), out_stride, count, n, past_caches});
+              rows.stride(1), rows.stride(2), out_stride, count, n, past});
     });
   });
 }
