@@ -9,7 +9,8 @@ import torch
 import mistral_kernels
 from mistral_kernels import testing
 
-LIMITS = ("copy", "read", "gemm", "call")
+LIMITS = ("copy", "read", "gemm", "fma", "call")
+COMPUTE = ("gemm", "fma")  # those that are about FLOPs
 TABLES = ("cos", "sin")
 
 
@@ -46,8 +47,8 @@ class Bench:
         case: names the op and makes its arguments.
         dtype: "bfloat16", "float32", …
         bytes, flops: the floor of one call.
-        limit: what bounds it: "copy" or "read" bandwidth, or "gemm", the rate of a large matrix product, or
-            "call", the time of the smallest torch op.
+        limit: what bounds it: "copy" or "read" bandwidth, or "gemm", the rate of a large matrix product, "fma", that
+            of multiply-adds in registers of 256 bits, or "call", the time of the smallest torch op.
         peers: from a device ("cpu", "cuda") to the candidates besides ours and eager.
         backward: time the gradients of all floating-point arguments, given those of the outputs.
         eager: False where eager PyTorch would take too much memory or time; parity then needs `slices`.
@@ -55,6 +56,7 @@ class Bench:
             cuts the same part from the outputs of the whole. None: the whole.
         curve: (series, variable, value) of a row that is a point of a scaling curve.
         quick: whether it belongs to `--quick`.
+        isa: the instruction set that the C++ kernels are held to; None for the processor's best.
     """
 
     family: str
@@ -69,6 +71,11 @@ class Bench:
     slices: Callable[[dict[str, Any]], Iterable[tuple[dict[str, Any], Callable]]] | None = None
     curve: tuple[str, str, int] | None = None
     quick: bool = False
+    isa: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.case.label + (f" {self.isa}" if self.isa else "")
 
     @property
     def direction(self) -> str:
@@ -77,7 +84,7 @@ class Bench:
     @property
     def key(self) -> str:
         """The same in every run: what `--compare` matches rows by."""
-        return f"{self.case.op} {self.direction} {self.case.label} {self.dtype}"
+        return f"{self.case.op} {self.direction} {self.label} {self.dtype}"
 
     def arguments(self, device: str) -> dict[str, Any]:
         return self.case.arguments(getattr(torch, self.dtype), device)

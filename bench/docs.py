@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import gpu_report, report
+from .cases import COMPUTE
 from .runner import Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ def formulas(rows: list[Row]) -> str:
     """The byte or FLOP formula of each op, once."""
     seen: dict[str, str] = {}
     for row in rows:
-        unit, count = ("FLOPs", row.flops) if row.limit == "gemm" else ("bytes", row.bytes)
+        unit, count = ("FLOPs", row.flops) if row.limit in COMPUTE else ("bytes", row.bytes)
         if row.limit != "call":
             seen.setdefault(f"{row.op} {row.direction}", f"{unit} {count['formula']}")
     return "; ".join(f"{op}: {text}" for op, text in seen.items())

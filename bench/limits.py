@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
+from mistral_kernels import testing
+
 COMPILERS = ("cc", "gcc", "clang")
+FMA_ROUNDS, FMA_FLOPS = 200_000, 2 * 12 * 8  # of probe_fma: rounds of a call, and FLOPs of a round
 
 
 @functools.cache
@@ -33,6 +36,8 @@ def _probe() -> Any:
         library = ctypes.CDLL(out)
     library.probe_read.restype = ctypes.c_uint64
     library.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.probe_fma.restype = ctypes.c_float
+    library.probe_fma.argtypes = [ctypes.c_long, ctypes.c_int]
     library.probe_copy.restype = None
     library.probe_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return library
@@ -60,7 +65,8 @@ class Limits:
             "read": "probe.c" if device == "cpu" and _probe() is not None else "torch.sum",
             "copy": "probe.c, streaming stores" if device == "cpu" and _probe() is not None else "Tensor.copy_",
             "call": "clone of eight floats",
-            "gemm": f"torch.mm of {self.size} x {self.size} x {self.size}",
+            "gemm": f"torch.mm of {self.size} x {self.size} x {self.size}, float32 where 16 bits have no products",
+            "fma": "probe.c, multiply-adds of 256 bits" if device == "cpu" and _probe() is not None else "as gemm",
         }
 
     @functools.cached_property
@@ -73,25 +79,38 @@ class Limits:
     def _matrices(self, dtype: torch.dtype) -> list[torch.Tensor]:
         return [torch.randn(self.size, self.size, device=self.device).to(dtype) for _ in range(2)]
 
+    @property
+    def _has_fma(self) -> bool:
+        return self.device == "cpu" and _probe() is not None
+
+    def _has_products(self, dtype: torch.dtype) -> bool:
+        """Whether products of the dtype are no slower than float32's: an x86 without AVX-512 has none of 16 bits."""
+        tiers = testing.isa_tiers()
+        return self.device != "cpu" or dtype.itemsize != 2 or "avx2" not in tiers or "avx512" in tiers
+
     def amount(self, kind: str) -> float:
         """Bytes, read and written, or FLOPs of one call; 1 where the limit is a call itself."""
         if kind == "call":
             return 1.0
-        if kind == "gemm":
+        if kind == "fma" and self._has_fma:
+            return float(FMA_ROUNDS * FMA_FLOPS * torch.get_num_threads())
+        if kind in ("gemm", "fma"):
             return 2.0 * self.size**3
         return float(self.bytes * (2 if kind == "copy" else 1))
 
     def call(self, kind: str, dtype: torch.dtype) -> Callable[[], Any]:
         """What to time for one limit."""
-        if kind == "gemm":
-            a, b = self._matrices(dtype)
+        if kind == "fma" and self._has_fma:
+            return functools.partial(_probe().probe_fma, FMA_ROUNDS, torch.get_num_threads())
+        if kind in ("gemm", "fma"):
+            a, b = self._matrices(dtype if self._has_products(dtype) else torch.float32)
             out = torch.empty_like(a)
             return lambda: torch.mm(a, b, out=out)
         if kind == "call":
             tiny = torch.zeros(8, device=self.device)
             return lambda: tiny.clone()
         if kind not in ("read", "copy"):
-            raise ValueError(f"limit {kind!r} is not known; there are read, copy, gemm and call")
+            raise ValueError(f"limit {kind!r} is not known; there are read, copy, gemm, fma and call")
         a, b = self._buffers
         probe = _probe() if self.device == "cpu" else None
         if probe is None:

@@ -28,6 +28,8 @@ from .runner import Row
 from .whole import refuse, share_of_twice_eager, whole_row
 
 CHECKED = 192
+WINDOWED = (8192, 1024)  # tokens and window of the long prompt
+LONG = 2048  # tokens from which on those that hold all scores in memory are left out
 ROOM = 1024  # tokens that may be decoded while they are timed
 
 
@@ -152,9 +154,17 @@ def prefill_row(options: argparse.Namespace, model: Transformer, fused: Transfor
     dtype = str(model.dtype).removeprefix("torch.")
     counts = ((float(weight_bytes(model)), "weights"), (flops, "2 weights T + 4 L H D visible keys"))
     row = whole_row(options, "prefill", f"{length} tokens W{c.sliding_window}", dtype, *counts, "gemm")
-    calls = {"ours": prefill(fused, ids), "eager": prefill(model, ids)}
-    calls |= {name: their_prefill(other, ids) for name, other in theirs(model, row).items()}
-    calls |= in_turn(options, row, ids)
+    calls = {"ours": prefill(fused, ids)}
+    long = length > LONG
+    if not long:
+        calls["eager"] = prefill(model, ids)
+    calls |= {
+        name: their_prefill(other, ids) for name, other in theirs(model, row).items() if "eager" not in name or not long
+    }
+    if c.sliding_window is None:
+        calls |= in_turn(options, row, ids)
+    else:
+        row.left_out["llama.cpp BF16"] = "has no window for this architecture"
     return finish(options, row, fused, calls, ids)
 
 
@@ -187,7 +197,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = load_model(options.model, ops=mistral_kernels.reference, dtype=torch.bfloat16, window=window)
     model = model.to(options.device)
     fused = with_ops(model, mistral_kernels)
-    text = torch.tensor(load_tokenizer(options.model).encode(long_text())[:2048], device=options.device)
+    text = torch.tensor(load_tokenizer(options.model).encode(long_text())[: WINDOWED[0]], device=options.device)
     lengths = (64,) if options.quick else (512, 2048)
     with tempfile.TemporaryDirectory() as folder:
         files, options.no_llama = files_by_llama_cpp(options.model, Path(folder), ("BF16",))
@@ -195,4 +205,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.no_llama = options.no_llama or "is timed on CPUs only"
         found = [prefill_row(options, model, fused, text[:n]) for n in lengths]
         found.append(decode_row(options, model, fused, text[: lengths[0]]))
+        if not options.quick and options.window is None:
+            length, width = WINDOWED
+            narrow = load_model(options.model, ops=mistral_kernels.reference, dtype=torch.bfloat16, window=width)
+            narrow = narrow.to(options.device)
+            found.append(prefill_row(options, narrow, with_ops(narrow, mistral_kernels), text[:length]))
     return dict(rows=found, limits=options.limits.source, model=options.model.name)

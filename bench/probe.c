@@ -25,6 +25,28 @@ uint64_t probe_read(const char* from, size_t bytes, int threads) {
   return total;
 }
 
+typedef float v8f __attribute__((vector_size(32)));
+
+/* Multiplies and adds 12 vectors of eight floats `rounds` times in each thread: what registers of 256 bits allow. They
+   begin with different numbers, since equal ones might be computed once. */
+float probe_fma(long rounds, int threads) {
+  float total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+  {
+    const v8f by = {0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f}, more = by + by;
+    v8f a = more, b = a + more, c = b + more, d = c + more, e = d + more, f = e + more;
+    v8f g = f + more, h = g + more, i = h + more, j = i + more, k = j + more, l = k + more;
+    for (long r = 0; r < rounds; ++r) {
+      a = a * by + more, b = b * by + more, c = c * by + more, d = d * by + more;
+      e = e * by + more, f = f * by + more, g = g * by + more, h = h * by + more;
+      i = i * by + more, j = j * by + more, k = k * by + more, l = l * by + more;
+    }
+    a += b + c + d + e + f + g + h + i + j + k + l;
+    for (int n = 0; n < 8; ++n) total += a[n];
+  }
+  return total;
+}
+
 /* Stores that pass the caches by, where the machine has them: a plain store first reads the line it overwrites. */
 void probe_copy(char* to, const char* from, size_t bytes, int threads) {
   const ptrdiff_t lines = (ptrdiff_t)(bytes / 64);

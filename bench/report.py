@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .cases import COMPUTE
 from .runner import LIMIT, Row
 
 SCHEMA = 1
@@ -32,7 +33,7 @@ def between(spread: dict[str, float]) -> str:
 def rate(row: Row) -> str:
     if row.limit == "call":
         return ""
-    if row.limit == "gemm":
+    if row.limit in COMPUTE:
         return f"{row.rate / 1e9:.0f} GFLOP/s" if row.rate < 1e12 else f"{row.rate / 1e12:.3g} TFLOP/s"
     return f"{row.rate / 1e9:.3g} GB/s"
 
@@ -128,7 +129,7 @@ def csv_text(rows: Iterable[Row]) -> str:
     head = ("key", "candidate", "median_s", "low_s", "high_s", "rounds", "amount", "per", "error_share", "refused")
     writer.writerow(head)
     for row in rows:
-        unit = {"gemm": "FLOP", "call": "call"}.get(row.limit, "byte")
+        unit = {"gemm": "FLOP", "fma": "FLOP", "call": "call"}.get(row.limit, "byte")
         if row.refused:
             writer.writerow((row.key, "ours", "", "", "", 0, row.amount, unit, row.parity.get("ours"), row.refused))
         for name, s in row.seconds.items():

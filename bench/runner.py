@@ -1,5 +1,6 @@
 """Checks a row's parity on the inputs it times, then times ours, its peers and the machine's limit in turn."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -8,8 +9,10 @@ from typing import Any
 
 import torch
 
+from mistral_kernels import testing
+
 from . import machine, timing
-from .cases import Bench, Candidate, another, eager, ours, timed_call
+from .cases import COMPUTE, Bench, Candidate, another, eager, ours, timed_call
 from .limits import Limits
 from .parity import Judge, Verdict
 
@@ -72,7 +75,7 @@ class Row:
         """What the limit is about: bytes, FLOPs or a call."""
         if self.limit == "call":
             return 1.0
-        return float((self.flops if self.limit == "gemm" else self.bytes)["value"])
+        return float((self.flops if self.limit in COMPUTE else self.bytes)["value"])
 
     @property
     def rate(self) -> float:
@@ -87,7 +90,7 @@ def empty_row(bench: Bench, command: str) -> Row:
         bench.family,
         bench.case.op,
         bench.direction,
-        bench.case.label,
+        bench.label,
         bench.dtype,
         dataclasses.asdict(bench.bytes),
         dataclasses.asdict(bench.flops),
@@ -98,7 +101,7 @@ def empty_row(bench: Bench, command: str) -> Row:
 
 def input_sets(bench: Bench, arguments: dict[str, Any], device: str) -> list[dict[str, Any]]:
     """Copies of the arguments that together are twice the last cache, so that each call finds its own in memory."""
-    if bench.limit in ("gemm", "call") or device == "cuda":
+    if bench.limit in (*COMPUTE, "call") or device == "cuda":
         return [arguments]
     tensors = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
     size = max(1, sum(t.numel() * t.element_size() for t in tensors))
@@ -192,7 +195,7 @@ def run_row(
     stopwatch: timing.Stopwatch | None = None,
 ) -> Row:
     """Runs one row; without parity it is refused, and has no times."""
-    with torch.no_grad():
+    with torch.no_grad(), testing.isa(bench.isa) if bench.isa else contextlib.nullcontext():
         runner = RowRunner(bench, settings, command)
         if runner.judge_all():
             runner.time_all(limits, stopwatch or timing.Stopwatch(settings.device))

@@ -20,6 +20,7 @@ from .cache import CachedPass, RingCache
 from .config import ModelConfig
 
 DECODE_TOKENS = 16  # beyond so many, what Python takes between the ops is little beside them
+NORMS = frozenset(("attention_norm", "ffn_norm"))
 DECODE_WEIGHTS = ("attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")
 _OPS = (
     *("rms_norm", "add_rms_norm", "linear", "linear_quantized", "swiglu", "rope", "rope_table", "attention"),
@@ -78,8 +79,9 @@ class Linear(nn.Linear):
         return self.ops.linear(x, self.weight, self.bias)
 
 
-# How the weight of a projection is read for `decode_layers`, by the type of its module.
+# How the weight of a projection is read for `decode_layers`, by the type of its module; and that of a norm.
 WEIGHT_OF: dict[type, Callable[[Any], Any]] = {Linear: lambda module: module._parameters["weight"]}
+NORM_WEIGHT_OF: dict[type, Callable[[Any], Any]] = {RMSNorm: lambda module: module._parameters["weight"]}
 
 
 class Attention(nn.Module):
@@ -120,17 +122,23 @@ class TransformerBlock(nn.Module):
     def plain_weights(self) -> list[Any] | None:
         """The weights as `decode_layers` takes them; None where a part is not what it was built as: replaced, hooked
         or compiled, so that calling the layer means more than its weights."""
-        norms, linears = ("attention_norm", "ffn_norm"), ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
-        parts: dict[str, Any] = {**self._modules, **self.attention._modules, **self.feed_forward._modules}
-        kinds: dict[str, type] = dict.fromkeys(norms, RMSNorm) | dict(attention=Attention, feed_forward=FeedForward)
-        if any(type(parts[name]) is not kind for name, kind in kinds.items()):
+        # Not by attribute, which nn.Module looks up at several times the price: every step asks every layer.
+        parts: dict[str, Any] = self._modules  # type: ignore[assignment]
+        attention, feed_forward = parts["attention"], parts["feed_forward"]
+        if type(attention) is not Attention or type(feed_forward) is not FeedForward:
             return None
-        if any(type(parts[name]) not in WEIGHT_OF for name in linears):
-            return None
-        if any(m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl for m in (self, *parts.values())):
-            return None
-        modules = ((name, parts[name]) for name in DECODE_WEIGHTS)
-        return [m._parameters["weight"] if name in norms else WEIGHT_OF[type(m)](m) for name, m in modules]
+        parts = {**parts, **attention._modules, **feed_forward._modules}
+        weights = []
+        for name in DECODE_WEIGHTS:
+            module = parts[name]
+            read = NORM_WEIGHT_OF.get(type(module)) if name in NORMS else WEIGHT_OF.get(type(module))
+            if read is None or module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl:
+                return None
+            weights.append(read(module))
+        for module in (self, attention, feed_forward):
+            if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl:
+                return None
+        return weights
 
     def forward(
         self, delta: torch.Tensor, residual: torch.Tensor | None, plan: Any, rings: Any = None

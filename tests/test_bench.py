@@ -10,7 +10,7 @@ import torch
 import mistral_kernels
 from bench import cases, cli, compare, families, report, timing
 from bench.families import attention, rms_norm, swiglu
-from bench.limits import Limits
+from bench.limits import FMA_FLOPS, FMA_ROUNDS, Limits, _probe
 from bench.runner import Settings, fill_row, run_row
 from mistral_kernels import testing
 
@@ -254,7 +254,7 @@ def test_spread():
         timing.spread([])
 
 
-@pytest.mark.parametrize("kind", ["read", "copy", "gemm"])
+@pytest.mark.parametrize("kind", ["read", "copy", "gemm", "fma"])
 def test_limits_do_their_work(kind, limits):
     call = limits.call(kind, torch.float32)
     if kind == "copy":
@@ -262,11 +262,12 @@ def test_limits_do_their_work(kind, limits):
     call()
     if kind == "copy":
         assert torch.equal(*limits._buffers)
-    assert limits.amount(kind) == {"read": 1 << 16, "copy": 1 << 17, "gemm": 2 * 32**3}[kind]
+    fma = FMA_ROUNDS * FMA_FLOPS * torch.get_num_threads() if _probe() is not None else 2 * 32**3
+    assert limits.amount(kind) == {"read": 1 << 16, "copy": 1 << 17, "gemm": 2 * 32**3, "fma": fma}[kind]
 
 
 def test_the_probe_reads_every_byte():
-    from bench.limits import _aligned, _probe
+    from bench.limits import _aligned
 
     if _probe() is None:
         pytest.skip("no C compiler")

@@ -38,6 +38,21 @@ def test_parity(tier, dtype):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows(tier, dtype):
+    """Blocks of the weight, with a rest, and layouts, where 16 bits are widened; else torch's product."""
+    errors = testing.parity(linear_case((3, 9), 70000, 100, bias=True), dtype, "cpu")
+    assert testing.pooled_max(errors) <= 1 and testing.pooled(errors) <= 1, errors
+    x, w, b = (fill(s, seed=i).to(dtype) for i, s in enumerate(((4, 10, 70), (21, 70), (21,))))
+    expected = mk.linear(x, w, b, impl="cpu")
+    layouts = (x.transpose(0, 1).contiguous().transpose(0, 1), w.T.contiguous().T, torch.stack((b, b), -1)[:, 0])
+    got = mk.linear(*layouts, impl="cpu")
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)  # torch's product may sum in another order
+    with torch.inference_mode():
+        assert torch.equal(mk.linear(x, w, b), expected)
+
+
+@compiled
 def test_float64_is_torch(tier):
     for rows in (1, 20):
         x, w, b = fill((rows, 70)), fill((9, 70), seed=1), fill((9,), seed=2)

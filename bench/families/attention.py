@@ -45,6 +45,7 @@ def bench(
     dtype: str = "bfloat16",
     backward: bool = False,
     quick: bool = False,
+    isa: str | None = None,
 ) -> Bench:
     """One sequence; eager PyTorch, with all its scores in memory, takes part up to 1024 tokens."""
     size, pairs = ITEM[dtype], visible_pairs(length, window)
@@ -55,16 +56,21 @@ def bench(
     series = f"{heads}/{kv_heads} D{dim} " + (f"W{window}" if window else "causal")
     peers = functools.partial(_peers, backward=backward)
     small = length <= 1024
-    curve = None if backward else (series, "S", length)
+    curve = None if backward or isa else (series, "S", length)
     slices = None if small or backward else few_rows
+    limit = "fma" if isa else "gemm"
     return Bench(
-        "attention", case, dtype, moved, flops, "gemm", peers, backward, small or backward, slices, curve, quick
+        "attention", case, dtype, moved, flops, limit, peers, backward, small or backward, slices, curve, quick, isa
     )
 
 
 def benches() -> Iterator[Bench]:
     yield bench(256, None, 9, 3, 64, quick=True)
     yield bench(512, 128, 9, 3, 64, quick=True)
+    yield bench(128, None, 9, 3, 64)
+    for dim in (64, 80, 96, 256):
+        yield bench(512, None, 8, 2, dim)
+        yield bench(512, None, 8, 2, dim, dtype="float32")
     for length in (512, 1024, 2048, 4096):
         yield bench(length, None)
     for length in (2048, 4096, 8192):
@@ -73,3 +79,6 @@ def benches() -> Iterator[Bench]:
     yield bench(1024, None, dtype="float32")
     yield bench(1024, None, 8, 2, backward=True)
     yield bench(1024, 256, 8, 2, backward=True)
+    if "avx2" in testing.isa_tiers():
+        for dtype in ("float32", "bfloat16"):
+            yield bench(1024, None, 8, 2, dtype=dtype, isa="avx2")

@@ -1,5 +1,6 @@
 """RMSNorm alone and with the residual addition before it."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from mistral_kernels import testing
@@ -49,3 +50,6 @@ def benches() -> Iterator[Bench]:
     yield _add_norm(512, 576, "bfloat16", quick=True)
     yield _add_norm(2048, 4096, "bfloat16")
     yield _add_norm(2048, 4096, "bfloat16", backward=True)
+    if "avx2" in testing.isa_tiers():
+        for row in (_norm(2048, 4096, "bfloat16"), _add_norm(2048, 4096, "bfloat16")):
+            yield dataclasses.replace(row, isa="avx2")

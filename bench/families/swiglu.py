@@ -1,5 +1,6 @@
 """silu(gate) * up, of two tensors and of two halves of one."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from mistral_kernels import testing
@@ -34,3 +35,5 @@ def benches() -> Iterator[Bench]:
     yield _bench(2048, 14336, packed=False)
     yield _bench(2048, 14336, packed=False, backward=True)
     yield _bench(2048, 14336, packed=True)
+    if "avx2" in testing.isa_tiers():
+        yield dataclasses.replace(_bench(2048, 14336, packed=False), isa="avx2")

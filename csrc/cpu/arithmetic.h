@@ -80,6 +80,70 @@ MK_INLINE void store_words(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Keeps what several products share in a register: where the registers just suffice the compiler reads it from memory
+// with every product, and then loads are what the products wait for.
+template <class V>
+MK_INLINE void in_register(V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__AVX2__)
+  asm("" : "+x"(v));
+#endif
+}
+
+// The words of a row from `p` on, in the order of memory.
+template <class M, class T>
+MK_INLINE typename M::Words row_vector(const T* p) {
+  if constexpr (M::step == 1)
+    return load(p);
+  else
+    return load_words<typename M::Words>(p);
+}
+
+// The first n elements of it; zeros in place of the others.
+template <class M, class T>
+MK_INLINE typename M::Words row_vector(const T* p, int64_t n) {
+  if constexpr (M::step == 1) {
+    return load_n(p, n);
+  } else {
+    typename M::Words w = {};
+    __builtin_memcpy(&w, p, n * sizeof(T));
+    return w;
+  }
+}
+
+// How many vectors of a row's elements are read at once. Of bf16 that become floats two: the even elements and then the
+// odd ones, an operation each, where vectors in the order of memory take two each.
+template <class M, class T>
+constexpr int read_vectors = 1;
+template <>
+constexpr int read_vectors<Float32, bf16> = 2;
+
+// Elements of a row in the order in which read_vectors<M, T> vectors of T are read.
+template <class M, class T>
+MK_INLINE void row_vectors(const T* p, typename M::Words (&out)[1]) {
+  out[0] = row_vector<M>(p);
+}
+
+template <class M, class T>
+MK_INLINE void row_vectors(const bf16* p, vf (&out)[2]) {
+  const vu both = load_words<vu>(p);
+  out[0] = (vf)(both << 16);
+  out[1] = (vf)(both & 0xffff0000u);
+}
+
+// The first n elements of them.
+template <class M, class T>
+MK_INLINE void row_vectors(const T* p, int64_t n, typename M::Words (&out)[read_vectors<M, T>]) {
+  if constexpr (read_vectors<M, T> == 1) {
+    out[0] = row_vector<M>(p, n);
+  } else {
+    T copy[2 * lanes] = {};
+    __builtin_memcpy(copy, p, n * sizeof(T));
+    row_vectors<M, T>(copy, out);
+  }
+}
+
 template <int... I>
 struct Indices {};
 template <int n, int... I>
@@ -113,26 +177,82 @@ MK_INLINE void exchange(V& a, V& b, Indices<I...>) {
   a = low;
 }
 
-// Lane i becomes the sum of t[i % n], n a power of two up to the lanes.
-template <int half = 1, int n, class V>
-MK_INLINE V sum_each(V (&t)[n]) {
+// Of a and b the blocks of four lanes at even places, and those at odd ones, a's before b's.
+template <class V, int... I>
+MK_INLINE void take_turns(V& a, V& b, Indices<I...>) {
+  const V even = __builtin_shufflevector(a, b, (I / 4 * 8 + I % 4)...);
+  b = __builtin_shufflevector(a, b, (I / 4 * 8 + 4 + I % 4)...);
+  a = even;
+}
+
+// Lanes of a and b in turn, from the lower half of each block of four lanes, and from the upper one: what an
+// instruction does without a table.
+template <class V, int... I>
+MK_INLINE void unpack(V& a, V& b, Indices<I...>) {
+  constexpr int n = sizeof...(I);
+  const V low = __builtin_shufflevector(a, b, (I / 4 * 4 + I % 4 / 2 + I % 2 * n)...);
+  b = __builtin_shufflevector(a, b, (I / 4 * 4 + 2 + I % 4 / 2 + I % 2 * n)...);
+  a = low;
+}
+
+template <class V, class F>
+MK_INLINE V joined(V a, V b, F f) {
+  f(a, b, typename Count<sizeof(V) / sizeof(a[0])>::type());
+  return a + b;
+}
+
+// Lane i becomes the sum of t[i % n], n a power of two, where only blocks of `half` lanes are left to be added up.
+template <int half, int n, class V>
+MK_INLINE V sum_blocks(V (&t)[n]) {
   constexpr int lanes_of = sizeof(V) / sizeof(t[0][0]);
   if constexpr (n == 1) {
     V whole = t[0];
     if constexpr (half < lanes_of) {
       V more[1] = {whole + rotate<half>(whole, typename Count<lanes_of>::type())};
-      return sum_each<2 * half>(more);
+      return sum_blocks<2 * half>(more);
     }
     return whole;
   } else {
     V u[n / 2];
 #pragma GCC unroll 8
-    for (int i = 0; i < n / 2; i++) {
-      V a = t[2 * i], b = t[2 * i + 1];
-      exchange<half>(a, b, typename Count<lanes_of>::type());
-      u[i] = a + b;
+    for (int i = 0; i < n / 2; i++)
+      u[i] = joined(t[2 * i], t[2 * i + 1], [](V& a, V& b, auto order) { exchange<half>(a, b, order); });
+    return sum_blocks<2 * half>(u);
+  }
+}
+
+// The same for as many vectors as a vector has blocks of four lanes.
+template <int n, class V>
+MK_INLINE V sum_all_blocks(V (&t)[n]) {
+  if constexpr (n == 1) {
+    return t[0];
+  } else {
+    V u[n / 2];
+#pragma GCC unroll 2
+    for (int i = 0; i < n / 2; i++)
+      u[i] = joined(t[2 * i], t[2 * i + 1], [](V& a, V& b, auto order) { take_turns(a, b, order); });
+    return sum_all_blocks(u);
+  }
+}
+
+// Lane i becomes the sum of t[i % n], n a power of two up to the lanes.
+template <int n, class V>
+MK_INLINE V sum_each(V (&t)[n]) {
+  constexpr int lanes_of = sizeof(V) / sizeof(t[0][0]);
+  if constexpr (n < 4 || sizeof(t[0][0]) != 4) {
+    return sum_blocks<1>(t);
+  } else {
+    V u[n / 4];
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i += 4) {
+      const V even = joined(t[i], t[i + 2], [](V& a, V& b, auto order) { unpack(a, b, order); });
+      const V odd = joined(t[i + 1], t[i + 3], [](V& a, V& b, auto order) { unpack(a, b, order); });
+      u[i / 4] = joined(even, odd, [](V& a, V& b, auto order) { unpack(a, b, order); });
     }
-    return sum_each<2 * half>(u);
+    if constexpr (n == lanes_of)
+      return sum_all_blocks(u);
+    else
+      return sum_blocks<4>(u);
   }
 }
 

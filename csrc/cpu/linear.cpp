@@ -12,57 +12,41 @@ constexpr int most_rows = 2;  // of x at a time, with 4 of the weight: 16 regist
 constexpr int most_rows = 4;
 #endif
 
-template <class M, class T>
-MK_INLINE typename M::Words words_at(const T* p) {
-  if constexpr (M::step == 1)
-    return load(p);
-  else
-    return load_words<typename M::Words>(p);
-}
-
-template <class M, class T>
-MK_INLINE typename M::Words words_at(const T* p, int64_t n) {
-  if constexpr (M::step == 1) {
-    return load_n(p, n);
-  } else {
-    typename M::Words w = {};
-    __builtin_memcpy(&w, p, n * sizeof(T));
-    return w;
-  }
-}
-
 // sums[i][r] += x[i] . weight[r] over k elements, for MR rows of x and NR of the weight. A function of its own: inlined
 // into a loop, what the sums across lanes permute by takes the registers of the products.
 template <class T, int MR, int NR>
 __attribute__((noinline)) void dots(const T* x, int64_t x_row, const T* const* weight, int64_t k, int64_t ahead,
                                     float (*sums)[group]) {
   using M = typename ArithmeticOf<T>::type;
-  constexpr int unit = M::width * M::step;
+  constexpr int reads = read_vectors<M, T>, unit = M::width * M::step * reads;
   typename M::Vec c[MR][NR] = {};
   const T *from[MR], *by[NR];
 #pragma GCC unroll 4
   for (int i = 0; i < MR; i++) from[i] = x + i * x_row;
 #pragma GCC unroll 8
   for (int r = 0; r < NR; r++) by[r] = weight[r];
-  const auto step = [&](auto load) __attribute__((always_inline)) {
-    typename M::Words a[MR];
+  const auto step = [&](auto read) __attribute__((always_inline)) {
+    typename M::Words a[MR][reads];
 #pragma GCC unroll 4
-    for (int i = 0; i < MR; i++) a[i] = load(from[i]);
+    for (int i = 0; i < MR; i++) read(from[i], a[i]);
 #pragma GCC unroll 8
     for (int r = 0; r < NR; r++) {
-      const typename M::Words b = load(by[r]);
+      typename M::Words b[reads];
+      read(by[r], b);
+#pragma GCC unroll 2
+      for (int v = 0; v < reads; v++)
 #pragma GCC unroll 4
-      for (int i = 0; i < MR; i++) M::multiply_add(c[i][r], a[i], b);
+        for (int i = 0; i < MR; i++) M::multiply_add(c[i][r], a[i][v], b[v]);
     }
   };
   int64_t at = 0;
   for (; at + unit <= k; at += unit) {
-    step([at](const T* p) { return words_at<M>(p + at); });
+    step([at](const T* p, auto& out) { row_vectors<M, T>(p + at, out); });
     if constexpr (MR > 1)
 #pragma GCC unroll 8
       for (int r = 0; r < NR; r++) __builtin_prefetch(by[r] + at + ahead, 0, 2);
   }
-  if (at < k) step([at, k](const T* p) { return words_at<M>(p + at, k - at); });
+  if (at < k) step([at, k](const T* p, auto& out) { row_vectors<M, T>(p + at, k - at, out); });
   constexpr int together = NR < M::width ? NR : M::width;
 #pragma GCC unroll 4
   for (int i = 0; i < MR; i++)
@@ -132,8 +116,21 @@ void run(const LinearRows& a) {
   }
 }
 
+template <class T>
+void round_rows(const float* from, int64_t from_row, const void* bias, void* out, int64_t out_row, int64_t rows,
+                int64_t count) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t n = 0; n < count; n += lanes) {
+      const int64_t some = least(lanes, count - n);
+      vf v = load_n(from + i * from_row + n, some);
+      if (bias) v += load_n((const T*)bias + n, some);
+      store_n((T*)out + i * out_row + n, v, some);
+    }
+}
+
 }  // namespace
 
-const LinearKernels linear = {{run<float>, run<bf16>, run<f16>, nullptr}};
+const LinearKernels linear = {{run<float>, run<bf16>, run<f16>, nullptr},
+                              {nullptr, round_rows<bf16>, round_rows<f16>, nullptr}};
 
 }  // namespace mk::MK_ISA

@@ -16,7 +16,11 @@ constexpr int64_t linear_rows = 16;
 constexpr int64_t linear_group = 8;  // outputs computed together; shares of threads are multiples of it
 
 struct LinearKernels {
+  // out[i] = from[i] + bias, rounded, for `rows` rows of `count` elements; bias may be null.
+  using Round = void (*)(const float* from, int64_t from_row, const void* bias, void* out, int64_t out_row,
+                         int64_t rows, int64_t count);
   void (*run[dtypes])(const LinearRows&);  // null for float64
+  Round round[dtypes];                     // null for other dtypes than those of 16 bits
 };
 
 }  // namespace mk

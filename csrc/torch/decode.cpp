@@ -19,9 +19,14 @@ struct Layer {
 
 enum Scheme { none, int8, w8a8, int4, nf4 };
 
+// The place of a linear layer among them.
+int place_of(Weight which) { return which < ffn_norm ? which - wq : which - w1 + 4; }
+
+bool plain(const Layer& layer, Weight which) { return !layer.formats || layer.formats[2 * place_of(which)] == none; }
+
 Tensor any_linear(const Tensor& x, const Layer& layer, Weight which, Maybe bias) {
-  const int i = which < ffn_norm ? which - wq : which - w1 + 4;
-  if (!layer.formats || layer.formats[2 * i] == none) return linear(x, layer[which], bias);
+  const int i = place_of(which);
+  if (plain(layer, which)) return linear(x, layer[which], bias);
   const Tensor &codes = layer[which], &scale = layer.scales[2 * i], &offset = layer.scales[2 * i + 1];
   const int64_t group = layer.formats[2 * i + 1];
   switch (layer.formats[2 * i]) {
@@ -35,6 +40,20 @@ Tensor any_linear(const Tensor& x, const Layer& layer, Weight which, Maybe bias)
       return linear_nf4(x, codes, scale, bias, group);
   }
   STD_TORCH_CHECK(false, "formats has scheme ", layer.formats[2 * i], "; it must be 0 to 4");
+}
+
+// Several linear layers of one x; in one go where all are of numbers. `biases`, where there are any, begin with that of
+// wq.
+std::vector<Tensor> any_linears(const Tensor& x, const Layer& layer, std::initializer_list<Weight> which,
+                                const Tensor* biases) {
+  const auto bias = [&](Weight w) { return biases ? Maybe(biases[w - wq]) : std::nullopt; };
+  std::vector<LinearPart> parts;
+  for (const Weight w : which)
+    if (plain(layer, w)) parts.push_back({&layer[w], bias(w)});
+  if (parts.size() == which.size()) return linear_all(x, parts);
+  std::vector<Tensor> outs;
+  for (const Weight w : which) outs.push_back(any_linear(x, layer, w, bias(w)));
+  return outs;
 }
 
 // The tokens of t [T, heads * dim] as [T, heads, dim], or back; t is contiguous.
@@ -83,11 +102,9 @@ Tensor attend(const Tensor& x, const Layer& w, const Tensor* biases, const Rings
   check(x, w, rings, pass);
   const auto& [k_cache, v_cache, k_scale, v_scale] = rings;
   const int64_t tokens = x.size(0), dim = k_cache.size(3);
-  const auto project = [&](Weight which) {
-    const Tensor all = any_linear(x, w, which, biases ? Maybe(biases[which - wq]) : std::nullopt);
-    return as_shape(all, {tokens, all.size(1) / dim, dim});
-  };
-  const Tensor v = project(wv), q_in = project(wq), k_in = project(wk);
+  const auto heads = [&](const Tensor& all) { return as_shape(all, {tokens, all.size(1) / dim, dim}); };
+  const std::vector<Tensor> projected = any_linears(x, w, {wq, wk, wv}, biases);
+  const Tensor q_in = heads(projected[0]), k_in = heads(projected[1]), v = heads(projected[2]);
   Tensor out;
   if (k_scale) {
     const auto [q, k] = rope_write_kv_int8(q_in, k_in, v, k_cache, v_cache, *k_scale, *v_scale, pass.positions,
@@ -133,8 +150,8 @@ std::tuple<Tensor, Tensor> decode_layers(const Tensor& x, std::vector<Tensor> we
     const Rings rings{k_caches[i], v_caches[i], codes ? &k_scales[i] : nullptr, codes ? &v_scales[i] : nullptr};
     delta = attend(normed, w, biases.empty() ? nullptr : biases.data() + i * biases_of_layer, rings, pass);
     std::tie(normed, residual, unused) = add_rms_norm(delta, residual, w[ffn_norm], eps, true);
-    delta = any_linear(swiglu(any_linear(normed, w, w1, std::nullopt), any_linear(normed, w, w3, std::nullopt)), w, w2,
-                       std::nullopt);
+    const std::vector<Tensor> wide = any_linears(normed, w, {w1, w3}, nullptr);
+    delta = any_linear(swiglu(wide[0], wide[1]), w, w2, std::nullopt);
   }
   return {delta, residual};
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "torch/binding.h"
 
@@ -13,6 +14,15 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                 double eps, bool model);
 Tensor linear(const Tensor& x, const Tensor& weight, Maybe bias);
+
+struct LinearPart {
+  const Tensor* weight;
+  Maybe bias;
+};
+
+// linear of one x with each of the weights, in one go.
+std::vector<Tensor> linear_all(const Tensor& x, const std::vector<LinearPart>& parts);
+
 Tensor linear_int8(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe bias, int64_t group);
 Tensor linear_w8a8(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe bias, int64_t group);
 Tensor linear_int4(const Tensor& x, const Tensor& codes, const Tensor& scale, Maybe offset, Maybe bias, int64_t group);

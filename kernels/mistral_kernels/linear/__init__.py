@@ -57,7 +57,10 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def _kernel_pays(kind: str, x: torch.Tensor) -> bool:
     if x.numel() > FEW_ROWS.get(kind, 0) * x.shape[-1]:
-        return False
+        # What 16 bits are multiplied in depends on the processor, which the C++ op knows. Its gradients would be no
+        # quicker than torch's.
+        slow = kind == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+        return slow and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return kind == "cpu" or (not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing())
 
 
@@ -68,8 +71,9 @@ def linear(
 
     On a CPU with up to 16 rows (all dimensions of x but the last), and with up to 2 where a CUDA graph is captured, a
     kernel reads the weight once, at the speed of the memory; everything else is torch's matrix product, and so are
-    the gradients. Outside a graph the launch from Python would cost a GPU more than the kernel saves. Under
-    `torch.autocast` torch's function decides the dtype, and takes the call.
+    the gradients. Where an x86 processor multiplies no 16-bit numbers and no gradient is asked for, that is the product
+    of float32, block by block of the weight, with one rounding. Outside a graph the launch from Python would cost a GPU
+    more than the kernel saves. Under `torch.autocast` torch's function decides the dtype, and takes the call.
 
     Args:
         x: `[..., K]`, float32, bfloat16, float16 or float64.
