@@ -50,7 +50,8 @@ def variants(
         if schemes is None or name in schemes:
             models[name] = quantize_model(copy.deepcopy(whole), *how).to(torch.bfloat16)
             if windows is not None and name in CALIBRATED:
-                made = calibrate_model(copy.deepcopy(whole), windows, *how, progress=False)
+                scheme, group, offsets = how
+                made = calibrate_model(copy.deepcopy(whole), windows, scheme, group, offsets, progress=False)
                 models[f"{name}, calibrated"] = made.to(torch.bfloat16)
     for name, file in files.items():
         models[name] = load_model(file, dtype=torch.bfloat16, progress=False, keep_codes=True)
