@@ -1,10 +1,13 @@
 """Plants bugs into copies of the kernels, one at a time, and demands that a named test fails on each.
 
-    python scripts/mutants.py [--only WORDS] [--json FILE] [--markdown FILE]
+    python scripts/mutants.py [--only WORDS] [--missing] [--json FILE] [--markdown FILE]
+
+With --only or --missing the verdicts in FILE on other mutants stay, as long as these are what they were.
 
 First all named tests run on unchanged copies, where they must pass. A mutant is caught if its test fails (or takes the
 process down); a test that cannot be collected counts for nothing. Exit status 1 where a mutant survives. Triton runs in
-its interpreter; the eager mutants run without the compiled library, so that the eager gradients are what is tested.
+its interpreter; the eager mutants run without the compiled library, so that the eager gradients are what is tested. Of
+a C++ mutant the changed file is compiled for the plainest instruction set, which the linked library starts with.
 """
 
 import argparse
@@ -18,11 +21,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import changed_library
+from mutants_cpp import BUGS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "kernels/mistral_kernels"
 ELEMENTWISE, ATTENTION = "tests/test_triton_elementwise.py::", "tests/test_triton_attention.py::"
 BACKWARD, OPS, REFERENCE = "tests/test_triton_backward.py::", "tests/test_ops.py::", "tests/test_reference.py::"
 LOSS = "tests/test_linear_cross_entropy.py::"
+CPP = "C++"
 LENGTHS = ATTENTION + "test_lengths_and_windows[17-3-pointers]"
 GRADCHECK = OPS + "test_gradcheck_attention[3-None]"
 
@@ -107,6 +114,7 @@ MUTANTS = (
           LOSS + "test_ignored_tokens[None]"),
     eager("one chunk of dW left out", "linear_cross_entropy/chunked.py", "        if of_weight:\n",
           "        if of_weight and span.start:\n", LOSS + "test_is_torchs_cross_entropy[None-5-mean]"),
+    *(Mutant(bug, CPP, file, old, new, test) for bug, file, old, new, test in BUGS),
 )  # fmt: skip
 
 
@@ -129,11 +137,22 @@ def run(folder: Path, tests: list[str]) -> tuple[int, str]:
 
 
 def plant(folder: Path, mutant: Mutant) -> None:
-    path = folder / PACKAGE / mutant.file
-    text = path.read_text()
-    if text.count(mutant.old) != 1:
-        raise SystemExit(f"mutants: {mutant.old!r} stands {text.count(mutant.old)} times in {mutant.file}; once needed")
-    path.write_text(text.replace(mutant.old, mutant.new))
+    if mutant.kind == CPP:
+        # A header's bug goes into the attention of many queries alone.
+        name = "attention" if mutant.file.endswith(".h") else Path(mutant.file).stem
+        plainest(folder, mutant, f"cpu_{name}_base.o")
+    else:
+        changed_library.plant(folder / PACKAGE, mutant.file, mutant.old, mutant.new)
+
+
+def plainest(folder: Path, mutant: Mutant | None = None, *objects: str) -> None:
+    """A library that starts with the plainest instruction set, where `objects` have the mutant's bug."""
+    sources = changed_library.copy_sources(folder)
+    changed_library.plant(sources, "torch/isa.cpp", "int found = tiers - 1;", "int found = 0;")
+    if mutant:
+        changed_library.plant(sources, mutant.file, mutant.old, mutant.new)
+    library = folder / PACKAGE / changed_library.LIBRARY
+    changed_library.relink(changed_library.build_folder(), folder, ["torch_isa.o", *objects], library)
 
 
 def verdict(mutant: Mutant) -> dict[str, object]:
@@ -152,12 +171,15 @@ def verdict(mutant: Mutant) -> dict[str, object]:
 
 
 def unchanged_pass(mutants: list[Mutant]) -> None:
-    for binary in (False, True):
-        tests = sorted({m.test for m in mutants if (m.kind != "eager") == binary})
+    for kind in dict.fromkeys(m.kind for m in mutants):
+        tests = sorted({m.test for m in mutants if m.kind == kind})
         with tempfile.TemporaryDirectory() as name:
-            code, output = run(tree(Path(name), binary), tests) if tests else (0, "")
+            folder = tree(Path(name), kind != "eager")
+            if kind == CPP:
+                plainest(folder)
+            code, output = run(folder, tests)
         if code:
-            raise SystemExit(f"mutants: the tests do not pass on the unchanged kernels:\n{output}")
+            raise SystemExit(f"mutants: the tests do not pass on the unchanged {kind} kernels:\n{output}")
 
 
 def markdown(rows: list[dict]) -> str:
@@ -165,14 +187,22 @@ def markdown(rows: list[dict]) -> str:
     lines = ["# Mutants", ""]
     lines.append(
         f"`make mutants` plants {len(rows)} bugs into copies of the kernels, one at a time, and runs one test for each,"
-        f" which passes on the unchanged kernels. Caught: {caught} of {len(rows)}. Triton runs in its interpreter. The"
-        " C++ and CUDA kernels are not mutated. Written from docs/mutants.json."
+        f" which passes on the unchanged kernels. Caught: {caught} of {len(rows)}. Triton runs in its interpreter, C++"
+        " with the plainest instruction set. The CUDA kernels are not mutated here: tests/test_cuda_faults.py and"
+        " tests/test_cuda_hopper_faults.py leave out their synchronisation. Written from docs/mutants.json."
     )
     lines += ["", "| kernels | bug | file | test | caught |", "|---|---|---|---|---|"]
     for r in rows:
         test = r["test"].removeprefix("tests/")
         lines.append(f"| {r['kind']} | {r['bug']} | `{r['file']}` | `{test}` | {'yes' if r['caught'] else '**no**'} |")
     return "\n".join(lines) + "\n"
+
+
+def kept(file: Path | None, chosen: list[Mutant]) -> list[dict]:
+    """The file's verdicts on the mutants that are not chosen."""
+    rows = json.loads(file.read_text()) if file and file.exists() else []
+    others = [dataclasses.asdict(m).items() for m in MUTANTS if m not in chosen]
+    return [row for row in rows if any(other <= row.items() for other in others)]
 
 
 def write(path: Path, text: str) -> None:
@@ -185,18 +215,26 @@ def write(path: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants whose kind and bug contain these words")
-    parser.add_argument("--json", type=Path, help="write the verdicts to this file")
+    parser.add_argument("--json", type=Path, help="write the verdicts to this file, each as it comes")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--missing", action="store_true", help="mutants on which the JSON file has no verdict")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if options.only in f"{m.kind} {m.bug}"]
+    if options.missing:
+        known = kept(options.json, [])
+        chosen = [m for m in chosen if not any(dataclasses.asdict(m).items() <= row.items() for row in known)]
     if not chosen:
-        parser.error(f"--only {options.only!r} matches no mutant")
+        parser.error("no mutant is left to run")
     unchanged_pass(chosen)
-    rows = [verdict(m) for m in chosen]
-    if options.json:
-        write(options.json, json.dumps(rows, indent=1) + "\n")
-    if options.markdown:
-        write(options.markdown, markdown(rows))
+    order = [m.test + m.new + m.bug for m in MUTANTS]
+    rows = kept(options.json, chosen)
+    for mutant in chosen:
+        rows.append(verdict(mutant))
+        rows.sort(key=lambda row: order.index(row["test"] + row["new"] + row["bug"]))
+        if options.json:
+            write(options.json, json.dumps(rows, indent=1) + "\n")
+        if options.markdown:
+            write(options.markdown, markdown(rows))
     print(f"{sum(bool(r['caught']) for r in rows)} of {len(rows)} caught")
     return 0 if all(r["caught"] for r in rows) else 1
 

@@ -29,7 +29,7 @@ class Race:
 DECODE = "tests/test_cpu_attention.py::test_decode_over_the_ring[dtype0]"
 RACES = (
     Race("parts of dweight share one sum", "torch/rms_norm_backward.cpp", "sum_data + p * n * sum_size", "sum_data",
-         "torch_rms_norm_backward.o", "tests/test_cpu_backward.py::test_parity[base-dtype0-rms_norm]"),
+         "torch_rms_norm_backward.o", "tests/test_cpu_backward.py::test_parity[base-rms_norm-dtype0]"),
     Race("rows of SwiGLU written by two threads", "torch/swiglu.cpp", "count = (end * 64 < total ? end * 64 : total)",
          "count = (end * 64 + 1 < total ? end * 64 + 1 : total)", "torch_swiglu.o",
          "tests/test_cpu.py::test_threads_and_streaming_change_nothing[base]"),

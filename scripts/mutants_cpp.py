@@ -1,0 +1,68 @@
+"""The bugs that scripts/mutants.py plants into the C++ kernels: each into one file, for one instruction set."""
+
+ATTENTION = "tests/test_cpu_attention.py::"
+GRADIENTS = "tests/test_cpu_attention_backward.py::"
+NORMS = "tests/test_cpu_backward.py::"
+LOSS = "tests/test_linear_cross_entropy.py::"
+WINDOW = ATTENTION + "test_window[base-17]"
+RING = ATTENTION + "test_chunks_equal_one_shot[base-16]"
+ATTENTION_DOUBLE = ATTENTION + "test_float64_equals_eager[base-gaussian]"
+GRADIENTS_DOUBLE = GRADIENTS + "test_float64_equals_eager[base-gaussian]"
+
+TILE, DECODE, BACKWARD = "cpu/attention.cpp", "cpu/attention_decode.cpp", "cpu/attention_backward.cpp"
+NORM, ENTROPY = "cpu/rms_norm_backward.cpp", "cpu/linear_cross_entropy.cpp"
+
+# (bug, file, what stands in it once, what it becomes, the test that must fail)
+BUGS = (
+    ("window one key too wide", TILE, "first_visible(t.a, t.s, query + r) - base - first,",
+     "first_visible(t.a, t.s, query + r) - base - first - 1,", WINDOW),
+    ("window one key too narrow", TILE, "first_visible(t.a, t.s, query + r) - base - first,",
+     "first_visible(t.a, t.s, query + r) - base - first + 1,", WINDOW),
+    ("diagonal off by one", TILE, "end_visible(t.a, t.s, query + r) - base - first);",
+     "end_visible(t.a, t.s, query + r) - base - first - 1);", WINDOW),
+    ("missing tail mask", TILE, "end_visible(t.a, t.s, query + r) - base - first);", "last - first);",
+     ATTENTION_DOUBLE),
+    ("missing scale", TILE, "(Scalar)(scaling(a.scale).magnitude * log2_e)", "(Scalar)log2_e",
+     ATTENTION + "test_scale[base-3.0]"),
+    ("KV head h % Hkv", TILE, "item.head / (a.heads / a.kv_heads) * a.panels", "item.head % a.kv_heads * a.panels",
+     ATTENTION_DOUBLE),
+    ("lse sign", "cpu/attention_math.h", "state.top * scaling(a.scale).magnitude + __builtin_log(",
+     "-state.top * scaling(a.scale).magnitude - __builtin_log(", ATTENTION_DOUBLE),
+    ("last block of keys left out", TILE, "key < last; key += block_keys<M>)",
+     "key + block_keys<M> < last; key += block_keys<M>)", ATTENTION_DOUBLE),
+    ("window one key too narrow in the ring", DECODE, "first - s.key, last - s.key);",
+     "first - s.key + 1, last - s.key);", RING),
+    ("one piece of a decoded sequence left out", DECODE, "for (int64_t i = 1; i < count; i++) {",
+     "for (int64_t i = 1; i + 1 < count; i++) {", ATTENTION + "test_decode_over_the_ring[dtype0]"),
+    ("codes' values without their scale", DECODE, "t.codes ? t.v_scale : nullptr", "nullptr",
+     ATTENTION + "test_decode_over_codes[dtype0]"),
+    ("missing scale of dQ", BACKWARD, "t.columns + d) * (Scalar)t.a.scale,", "t.columns + d),", GRADIENTS_DOUBLE),
+    ("missing scale of dK", BACKWARD, "which ? v : v * (Scalar)t.a.scale", "v", GRADIENTS_DOUBLE),
+    ("sign of the gradient of lse", BACKWARD, "delta / sum - dlse", "delta / sum + dlse", GRADIENTS_DOUBLE),
+    ("gradient of the scores without the row's sum", BACKWARD, "(load_words<Vec>(dp + j) - less - rest)",
+     "load_words<Vec>(dp + j)", GRADIENTS_DOUBLE),
+    ("one part of dK and dV left out", BACKWARD, "p < task.parts && key", "p < task.parts - 1 && key",
+     GRADIENTS_DOUBLE),
+    ("dK and dV without the last queries of the window", BACKWARD, "- 1 - offset + t.a.window);",
+     "- strip_rows - offset + t.a.window);", GRADIENTS_DOUBLE),
+    ("missing tail", "cpu/rms_norm.cpp", "part[1] += v * v;", "part[1] += 0 * v;",
+     "tests/test_cpu.py::test_parity_of_tails[base-dtype0]"),
+    ("dropped residual gradient", NORM, "out += load(dtotal + i);", "out += 0 * load(dtotal + i);",
+     NORMS + "test_float64_equals_eager[base-add_rms_norm]"),
+    ("dW without one row block", NORM, "done % block_rows == 0 || done == a.of", "done % block_rows == 0",
+     NORMS + "test_float64_equals_eager[base-rms_norm]"),
+    ("gradient of the norm without its mean", NORM, "(d * by - normed * mean) * rstd", "d * by * rstd",
+     NORMS + "test_float64_equals_eager[base-rms_norm]"),
+    ("swapped rotary halves", "cpu/rope.cpp", "store(out + j, a);\n    store(out + half + j, b);",
+     "store(out + j, b);\n    store(out + half + j, a);", "tests/test_cpu.py::test_float64_equals_eager[base-rope]"),
+    ("rotation not inverted", "cpu/rope.cpp", "if constexpr (kInverse) s = -s;", "if constexpr (kInverse) s = +s;",
+     NORMS + "test_float64_equals_eager[base-rope]"),
+    ("sign in the gradient of silu", "cpu/swiglu_backward.cpp", "(gate * (1 - s) + 1)", "(gate * (s - 1) + 1)",
+     NORMS + "test_float64_equals_eager[base-swiglu]"),
+    ("tail of the product left out", "cpu/linear.cpp", "if (at < k) step(", "if (at + 1 < k) step(",
+     "tests/test_linear.py::test_parity[base-dtype0]"),
+    ("gradient of the loss without the label", ENTROPY, "if (here) L::write_n(", "if (false) L::write_n(",
+     LOSS + "test_is_torchs_cross_entropy[cpu-5-mean]"),
+    ("last word left out", ENTROPY, "least(sum_words, b.words - i), state)",
+     "least(sum_words, b.words - i - 1), state)", LOSS + "test_is_torchs_cross_entropy[cpu-5-mean]"),
+)  # fmt: skip
