@@ -133,6 +133,16 @@ def test_longest_sequence(longest, impl):
     )
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_as_arguments_of_compiled_code(dynamic):
+    def layer(q, k, v, ends, window, scale, longest):
+        return mk.attention(q, k, v, window, scale, cu_seqlens_q=ends, max_seqlen_q=longest, max_seqlen_k=longest)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="eager")
+    for numbers in ((2, 0.25, 3), (3, 0.5, 4), (2**40, 0.125, 5)):
+        assert torch.equal(compiled(Q[0], K[0], V[0], ENDS, *numbers), layer(Q[0], K[0], V[0], ENDS, *numbers))
+
+
 def packed(**how):
     return mk.attention(Q[0], K[0], V[0], cu_seqlens_q=ENDS, **how)
 

@@ -63,7 +63,7 @@ def number(name: str, value: Any, finite: bool = False) -> float:
         result = float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} is {value!r}; it must be a number") from None
-    if finite and not math.isfinite(result):
+    if finite and not -math.inf < result < math.inf:  # unlike math.isfinite, for a float that torch.compile traces too
         raise ValueError(f"{name} is {value!r}; it must be finite")
     return result
 
