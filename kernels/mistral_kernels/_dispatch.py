@@ -311,8 +311,11 @@ class Op:
 
 
 def _nothing_listens(args: tuple) -> bool:
-    """Whether no mode and no tensor of another class would see a call through the dispatcher."""
-    return torch._C._len_torch_dispatch_stack() == 0 and all(type(t) in _checks.PLAIN for t in _tensors(args))
+    """Whether no mode and no tensor of another class would see a call through the dispatcher, and no tensor needs it
+    to become what it stands for: a view by `imag` may hold its values negated."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        type(t) in _checks.PLAIN and not t.is_neg() for t in _tensors(args)
+    )
 
 
 def _set_up(save: Callable, impl: str | None, ctx: Any, inputs: tuple, output: Any) -> None:
