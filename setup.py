@@ -15,8 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones stop at pyproject.toml, with words about a licence
+    sys.exit(f"setuptools is {setuptools.__version__}; it must be 77 or later: pip install -U setuptools")
 
 ROOT = Path(__file__).parent
 LIBRARY = "libmistral_kernels.so"

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mistral_kernels as mk
+from mistral_kernels import _dispatch
 from mistral_kernels.testing import fill
 
 IMPLS = [name for name, reason in mk.backends().items() if reason is None and name not in ("cuda", "flash_attn")]
@@ -92,6 +93,16 @@ def test_strides_of_index_tensors(name, impl):
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_values_stored_negated(impl):
+    """The imaginary part of a conjugate is a view whose memory holds the negated values."""
+    x = torch.complex(made(3, 8, seed=4), made(3, 8)).conj().imag
+    q = torch.complex(made(5, 4, 8), made(5, 4, 8, seed=4)).conj().imag[None]
+    assert x.is_neg() and q.is_neg() and not _dispatch._nothing_listens((x,))
+    if device_of(impl) == "cpu":
+        torch.testing.assert_close(mk.swiglu(x, x, impl=impl), mk.swiglu(x.clone(), x.clone(), impl="reference"))
+        torch.testing.assert_close(mk.attention(q, q, q, impl=impl), mk.attention(*[q.clone()] * 3, impl="reference"))
+
+
 # ---- numbers ----
 
 Q, K, V = heads(1, 5)
@@ -133,6 +144,16 @@ def test_longest_sequence(longest, impl):
     )
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_as_arguments_of_compiled_code(dynamic):
+    def layer(q, k, v, ends, window, scale, longest):
+        return mk.attention(q, k, v, window, scale, cu_seqlens_q=ends, max_seqlen_q=longest, max_seqlen_k=longest)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="eager")
+    for numbers in ((2, 0.25, 3), (3, 0.5, 4), (2**40, 0.125, 5)):
+        assert torch.equal(compiled(Q[0], K[0], V[0], ENDS, *numbers), layer(Q[0], K[0], V[0], ENDS, *numbers))
+
+
 def packed(**how):
     return mk.attention(Q[0], K[0], V[0], cu_seqlens_q=ENDS, **how)
 
@@ -157,6 +178,7 @@ NONE = {
     "k_cache": lambda: mk.attention_cached(Q, None, None, LENS),
 }
 BAD = {
+    "sparse": (lambda: mk.rms_norm(X.to_sparse(), W), TypeError, "x has layout torch.sparse_coo; it must be a dense"),
     "scale": (lambda: mk.attention(Q, K, V, scale="big"), TypeError, "scale is 'big'; it must be a number"),
     "scale nan": (lambda: mk.attention(Q, K, V, scale=float("nan")), ValueError, "scale is nan; it must be finite"),
     "scale inf": (lambda: mk.attention_cached(Q, RING, RING, LENS, scale=float("inf")), ValueError, "be finite"),

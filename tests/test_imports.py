@@ -1,6 +1,7 @@
 """The folder kernels/ must never become the package `kernels`, a name that Hugging Face owns; imports stay late."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,8 +62,6 @@ def test_the_library_beside_the_package_is_the_one_loaded():
 
 def test_without_a_library_everything_but_the_cpu_kernels_works(tmp_path):
     """What a machine without a compiler gets."""
-    import shutil
-
     shutil.copytree(
         ROOT / "kernels" / "mistral_kernels", tmp_path / "mistral_kernels", ignore=shutil.ignore_patterns("*.so")
     )
@@ -79,3 +78,23 @@ except NotImplementedError as error:
     print(error)
 """
     assert "not built" in run(code, cwd=tmp_path)
+
+
+def test_a_library_that_does_not_load_is_told(tmp_path):
+    """As one that was built for another torch."""
+    shutil.copytree(
+        ROOT / "kernels/mistral_kernels", tmp_path / "mistral_kernels", ignore=shutil.ignore_patterns("*.so")
+    )
+    (tmp_path / "mistral_kernels/libmistral_kernels.so").write_bytes(b"no library")
+    code = f"""
+import sys, warnings
+sys.path.insert(0, {str(tmp_path)!r})
+with warnings.catch_warnings(record=True) as told:
+    import torch, mistral_kernels as mk
+assert mk.rms_norm(torch.ones(2, 4), torch.ones(4)).shape == (2, 4)
+print(len(told), told[0].message)
+print(mk.backends()["cpu"])
+"""
+    told, reason = run(code).splitlines()
+    assert told.startswith("1 mistral_kernels is without its C++ kernels") and "does not load under torch" in told
+    assert reason.startswith("libmistral_kernels.so does not load under torch")

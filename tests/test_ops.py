@@ -166,6 +166,43 @@ def test_a_second_derivative_raises():
         torch.autograd.grad(first.sum(), a)
 
 
+OTHERS = fill((3, 8)).float(), fill((8,), seed=1).float()
+TRANSFORMED = {
+    "rms_norm": ((3, 8), lambda x: mk.rms_norm(x, OTHERS[1])),
+    "add_rms_norm": ((3, 8), lambda x: sum(mk.add_rms_norm(x, OTHERS[0], OTHERS[1]))),
+    "swiglu": ((3, 8), lambda x: mk.swiglu(x, OTHERS[0])),
+    "swiglu_packed": ((3, 8), mk.swiglu_packed),
+    "linear": ((3, 8), lambda x: mk.linear(x, OTHERS[0])),
+    "rope": ((5, 4, 8), lambda q: mk.rope(q, q[:, :2], COS, SIN)[0]),
+    "attention": ((1, 5, 4, 8), lambda q: mk.attention(q, q[:, :, :2], q[:, :, 2:], window=2)),
+    "linear_cross_entropy": ((3, 8), lambda h: mk.linear_cross_entropy(h, OTHERS[0], torch.tensor([0, 2, -100]))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms_of_torch_func(name):
+    shape, op = TRANSFORMED[name]
+    samples = fill((3, *shape), seed=5).float().requires_grad_()
+    losses = [op(x).square().sum() for x in samples]
+    (expected,) = torch.autograd.grad(sum(losses), samples)
+    samples = samples.detach()
+
+    def loss(x):
+        return op(x).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(samples[1]), expected[1])
+    torch.testing.assert_close(torch.func.vmap(loss)(samples), torch.stack(losses).detach())
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(samples), expected)
+    torch.testing.assert_close(torch.func.grad(lambda x: torch.func.vmap(loss)(x).sum())(samples), expected)
+
+
+def test_a_second_derivative_by_transforms_raises():
+    first = torch.func.grad(lambda x: mk.swiglu_packed(x).sum())
+    with pytest.raises(NotImplementedError, match="swiglu_packed_backward cannot be differentiated"):
+        torch.func.grad(lambda x: first(x).sum())(OTHERS[0])
+
+
 def test_the_caches_refuse_a_gradient():
     k, v, k_cache, v_cache, positions, cu = ring_call("write_kv")
     with pytest.raises(NotImplementedError, match=r"write_kv has no derivative, but k requires one"):

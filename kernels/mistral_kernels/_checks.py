@@ -27,6 +27,8 @@ def floating(**tensors: torch.Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
         if t.dtype not in FLOATS:
             raise TypeError(f"{name} is {t.dtype}; it must be float32, bfloat16, float16 or float64")
+        if t.layout is not torch.strided:
+            raise TypeError(f"{name} has layout {t.layout}; it must be a dense tensor, torch.strided")
         if first is None:
             first = (name, t.device)
         elif t.device != first[1]:
@@ -63,7 +65,7 @@ def number(name: str, value: Any, finite: bool = False) -> float:
         result = float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} is {value!r}; it must be a number") from None
-    if finite and not math.isfinite(result):
+    if finite and not -math.inf < result < math.inf:  # unlike math.isfinite, for a float that torch.compile traces too
         raise ValueError(f"{name} is {value!r}; it must be finite")
     return result
 

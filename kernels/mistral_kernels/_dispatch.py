@@ -164,6 +164,7 @@ class Op:
         self._cuda_first, self._cuda_supports = cuda_first, cuda_supports
         self._flash, self._flash_supports = flash, flash_supports
         self._functions: dict[Any, Any] = {}
+        self._transformed: dict[Any, Any] = {}
         self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
         if not self.compiled:
@@ -185,6 +186,7 @@ class Op:
             backward = self._backward or functools.partial(_not_differentiable, self.name)
             setup = self._setup_context and functools.partial(_set_up, self._setup_context, impl)
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library.library)
+            self._transformed[op] = _transformed(op, setup, backward)
             if setup is not None:
                 run = functools.partial(self._below_autograd, op)
                 self._functions[op] = _function(op._opname, run, setup, backward)
@@ -283,15 +285,17 @@ class Op:
 
     def _call(self, op: Any, args: tuple) -> Any:
         """Calls `op` past its registered autograd, which is Python: alone where nothing is differentiated, else as the
-        function of the same formula. Tracing and torch.func see the registered one."""
+        function of the same formula. Tracing sees the registered one, torch.func's transforms one of their form."""
         if torch.compiler.is_compiling():
             return op(*args)
         if forward_ad._current_level >= 0 and any(
             forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args)
         ):
             raise NotImplementedError(f"{op}: forward-mode differentiation (jvp) is not there; impl='reference' has it")
-        if op._schema.is_mutable or torch._C._are_functorch_transforms_active():
+        if op._schema.is_mutable:
             return op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return self._transformed[op].apply(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             function = self._functions.get(op)
             return op(*args) if function is None else function.apply(*args)
@@ -307,8 +311,11 @@ class Op:
 
 
 def _nothing_listens(args: tuple) -> bool:
-    """Whether no mode and no tensor of another class would see a call through the dispatcher."""
-    return torch._C._len_torch_dispatch_stack() == 0 and all(type(t) in _checks.PLAIN for t in _tensors(args))
+    """Whether no mode and no tensor of another class would see a call through the dispatcher, and no tensor needs it
+    to become what it stands for: a view by `imag` may hold its values negated."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        type(t) in _checks.PLAIN and not t.is_neg() for t in _tensors(args)
+    )
 
 
 def _set_up(save: Callable, impl: str | None, ctx: Any, inputs: tuple, output: Any) -> None:
@@ -327,6 +334,22 @@ def _function(name: str, run: Callable, setup: Callable, backward: Callable) -> 
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
+
+
+def _transformed(op: Any, setup: Callable | None, backward: Callable) -> Any:
+    """The registered formula in the form that torch.func's grad, vjp, jacrev and vmap take."""
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        if setup is not None:
+            setup(ctx, inputs, output)
+
+    members = {
+        "forward": staticmethod(lambda *args: op(*args)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    }
+    return type(op._opname, (torch.autograd.Function,), members)
 
 
 def _unusable(op: str, impl: str, reasons: dict[str, str | None]) -> Exception:

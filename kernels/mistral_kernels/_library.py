@@ -5,6 +5,7 @@ without a binary. The binary is looked for beside this file and never through th
 answer with another checkout's.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load under torch {torch.__version__}: {error}"
+        reason = f"{path.name} does not load under torch {torch.__version__}: {error}"
+        warnings.warn(f"mistral_kernels is without its C++ kernels, and slower: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
     return None
 
 
