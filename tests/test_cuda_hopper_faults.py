@@ -101,7 +101,7 @@ INSTRUCTIONS = {
     r"^fence\.proxy": "no fence.proxy.async",
     r"^mbarrier\.try_wait": "bulk copy is still writing|race|beyond its count|uninitialised",
     r"^mbarrier\.arrive": "deadlock|bytes due",
-    r"^cp\.async\.bulk\.tensor": "deadlock|race|uninitialised",
+    r"^cp\.async\.bulk\.(tensor|shared)": "deadlock|race|uninitialised",
     r"^cp\.reduce\.async\.bulk|^cp\.async\.bulk\.(commit|wait)": "race|ends before its bulk copy|another result",
     r"^bar\.(sync|arrive)": "race|deadlock|arrivals left|block ends with|synchronisation",
     r"^bar\.warp\.sync": "race",

@@ -64,6 +64,13 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& from, u
       : "memory");
 }
 
+// Bytes that follow each other, at multiples of 16, to shared memory; the barrier counts them.
+__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // Adds floats of shared memory to as many in global memory; when, is told by the waits of the thread that asks.
 __device__ __forceinline__ void add_floats(float* to, uint32_t from, int bytes) {
   asm volatile(

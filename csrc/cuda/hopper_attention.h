@@ -16,16 +16,20 @@ struct HopperForward {
   float exponent_scale;
   // For the statistics of the gradients, which take a tile of gradients beside that of queries.
   const float* dlse;
-  float* statistics;
+  float* statistics;  // tile by tile, see GradientPlan
 };
 
 struct HopperBackward {
   CUtensorMap q, k, v, dout;
   AttentionBackward a;
   float exponent_scale;
+  const float* statistics;
   float* sums;  // of dQ, in the order of the threads that hold them
   int* turns;   // of each tile of them: how many blocks of keys have added theirs
 };
+
+// The gradients go over the queries in tiles. Floats of a tile of one head: 64 largest scores, inverse sums, deltas.
+inline constexpr int gradient_queries = 64, tile_statistics = 3 * gradient_queries;
 
 // Whether this device and these tensors fit these kernels.
 bool hopper_applies(const Attention& a);

@@ -4,7 +4,7 @@
 namespace mk::cuda {
 namespace {
 
-constexpr int rows = 64;  // of a box of queries
+constexpr int rows = gradient_queries;  // of a box of queries
 
 Boxes of_queries(const AttentionBackward& a, const AttentionTokens& t) { return boxes_of_queries(a, t, 1, rows); }
 Boxes of_keys(const AttentionBackward& a, const AttentionTokens& t) {
@@ -13,6 +13,7 @@ Boxes of_keys(const AttentionBackward& a, const AttentionTokens& t) {
 
 // Tiles of queries of all sequences, and one that each may begin.
 int64_t slots(const AttentionBackward& a) { return (a.tokens / rows + a.sequences + 1) * a.heads; }
+int64_t statistics(const AttentionBackward& a) { return slots(a) * tile_statistics; }
 int64_t sums(const AttentionBackward& a) { return slots(a) * rows * (a.dim <= 64 ? 64 : 128); }
 
 Attention forward_of(const AttentionBackward& a) {
@@ -37,7 +38,7 @@ bool hopper_applies(const AttentionBackward& a) {
          a.heads <= 65535;
 }
 
-int64_t hopper_scratch(const AttentionBackward& a) { return sums(a) + 2 * slots(a); }
+int64_t hopper_scratch(const AttentionBackward& a) { return sums(a) + statistics(a) + 2 * slots(a); }
 
 int hopper_attention_backward(const AttentionBackward& a, cudaStream_t stream) {
   HopperForward f = {};
@@ -50,9 +51,10 @@ int hopper_attention_backward(const AttentionBackward& a, cudaStream_t stream) {
   f.a = forward_of(a), f.packed_heads = 1, f.tile_queries = rows;
   f.tiles = static_cast<int>(tiles_of(a.max_q, 2 * rows)), f.blocks = f.tiles * a.heads * a.sequences;
   f.exponent_scale = b.exponent_scale = exponent_scale(a.scale);
-  f.dlse = a.dlse, f.statistics = a.statistics;
+  f.dlse = a.dlse, f.statistics = a.scratch + sums(a), b.statistics = f.statistics;
   b.q = f.q, b.k = f.k, b.v = f.v, b.dout = f.dout, b.a = a;
-  b.sums = a.scratch, b.turns = reinterpret_cast<int*>(a.scratch + sums(a));
+  b.sums = a.scratch, b.turns = reinterpret_cast<int*>(f.statistics + statistics(a));
+  // Rows behind the end of a sequence keep statistics of 0.
   status = cudaMemsetAsync(a.scratch, 0, hopper_scratch(a) * sizeof(float), stream);
   if (status) return status;
   return a.dtype == static_cast<int>(Dtype::bf16) ? hopper_backward_bf16(f, b, stream)

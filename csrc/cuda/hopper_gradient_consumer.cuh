@@ -1,6 +1,8 @@
 // A warpgroup that owns 64 keys: their dK and dV, and its share of the tiles of dQ. The products, with keys as rows:
 // S' = K Q', dP' = V dO', dV = P' dO, dK = dS' Q; then dQ = dS K, for which dS' goes through shared memory.
 #pragma once
+#include <climits>
+
 #include "cuda/hopper_gradients.cuh"
 #include "cuda/hopper_statistics.cuh"
 
@@ -42,12 +44,16 @@ struct GradientConsumer {
   }
 
   // Scores become probabilities.
+  template <bool kMasked>
   __device__ __forceinline__ void exponentiate(int first_query) {
-    const int first_key = w.first_key + consumer * 64, position = first_query + w.plan.offset();
-    const Visible visible = {w.plan.keys.count, w.plan.window, w.plan.causal};
-    const bool all_seen = first_query + gradient_queries <= w.plan.queries.count &&
-                          visible.begin(position + gradient_queries - 1) <= first_key &&
-                          first_key + 64 <= visible.end(position);
+    const float sign = b.a.scale < 0 ? -1.0f : 1.0f, scale = b.exponent_scale * sign;
+    const int live_queries = w.plan.queries.count - first_query, first_key = w.first_key + consumer * 64 + row();
+    // A key is seen from distances low to low + span, span 0 behind the last key.
+    const int low = w.plan.causal ? 0 : INT_MIN / 2, distance = first_query + w.plan.offset() - first_key - low;
+    unsigned span[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+      span[r] = first_key + 8 * r >= w.plan.keys.count ? 0 : w.plan.causal && w.plan.window ? w.plan.window : INT_MAX;
 #pragma unroll
     for (int i = 0; i < n; i += 4) {
       const int query = i * 2 + threadIdx.x % 4 * 2;
@@ -58,12 +64,17 @@ struct GradientConsumer {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& x = p[i + 2 * r + e];
-          const float score = b.a.scale < 0 ? -x : x;
-          const bool seen = all_seen || (first_query + query + e < w.plan.queries.count &&
-                                         visible.sees(position + query + e, first_key + row() + 8 * r));
-          x = seen ? exponential(score, e ? largest.y : largest.x, b.exponent_scale) * (e ? inverse.y : inverse.x) : 0;
+          x = exponential(x, sign * (e ? largest.y : largest.x), scale) * (e ? inverse.y : inverse.x);
+          const bool seen = static_cast<unsigned>(distance + query + e - 8 * r) < span[r] && query + e < live_queries;
+          if (kMasked && !seen) x = 0;
         }
     }
+  }
+  __device__ __forceinline__ bool all_seen(int first_query) const {
+    const int first_key = w.first_key + consumer * 64, position = first_query + w.plan.offset();
+    const Visible visible = {w.plan.keys.count, w.plan.window, w.plan.causal};
+    return first_query + gradient_queries <= w.plan.queries.count &&
+           visible.begin(position + gradient_queries - 1) <= first_key && first_key + 64 <= visible.end(position);
   }
   __device__ __forceinline__ void round_operand(uint32_t (&to)[n / 2], const float (&x)[n]) {
 #pragma unroll
@@ -99,7 +110,7 @@ struct GradientConsumer {
     commit_products();
   }
   // The share goes to who adds it up, in the order of the threads.
-  __device__ __forceinline__ void hand_over() {
+  __device__ __forceinline__ void hand_over(int piece) {
     wait(shared.sums_empty(consumer), sums_parity ^ 1);
     sums_parity ^= 1;
 #pragma unroll
@@ -108,51 +119,78 @@ struct GradientConsumer {
                    dp[i + 3]);
     fence_async_proxy();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(shared.sums_full(consumer));
+    if (threadIdx.x % 32 == 0) arrive(shared.sums_full(consumer, piece % Shared::adders));
   }
 
-  __device__ __forceinline__ void step(int step) {
-    const uint32_t queries = shared.queries(stage.index), outs = shared.outs(stage.index);
-    const uint32_t exchange = shared.scores(step & 1);
+  // The scores and dP of a tile, under way.
+  __device__ __forceinline__ void begin() {
     wait(shared.full(stage.index), stage.parity);
     hold(p);
     hold(dp);
     fence_products();
-    multiply_rows(p, shared.keys(), queries);
-    multiply_rows(dp, shared.values(), outs);
-    wait(shared.statistics_full(stage.index), stage.parity);
+    multiply_rows(p, shared.keys(), shared.queries(stage.index));
+    multiply_rows(dp, shared.values(), shared.outs(stage.index));
+  }
+  // From there to dS', which all consumers have when they go on; the products of dV are under way.
+  __device__ __forceinline__ void middle(int step, int tile) {
     wait_products<1>();
     hold(p);
-    exponentiate(w.tile(step) * gradient_queries);
+    const int first_query = tile * gradient_queries;
+    all_seen(first_query) ? exponentiate<false>(first_query) : exponentiate<true>(first_query);
     round_operand(operand, p);
     wait_products<0>();
     hold(dp);
     hold(dv);
     fence_products();
-    add_to_keys(dv, operand, outs);
-    differentiate(exchange);
-    sync_named(all_consumers, 256);  // dS' of all keys is there, and who read it two steps ago is done
+    add_to_keys(dv, operand, shared.outs(stage.index));
+    differentiate(shared.scores(step & 1));
+    sync_named(all_consumers, 256);  // who read the buffer two steps ago is done, too
     hold(dp);
     hold(dk);
     fence_products();
-    add_to_keys(dk, operand_of_dk, queries);
-    const bool mine = w.adds(panels, consumer, step);
-    if (mine) {
-      if (panels == 1) fence_products();  // the assembler wants one behind a branch
-      multiply_queries(exchange, panels == 2 ? consumer : 0);
-    }
+  }
+  __device__ __forceinline__ void end() {
     wait_products<0>();
     hold(dp);
     hold(dv);
     hold(dk);
     arrive(shared.empty(stage.index));
-    if (mine) hand_over();
+  }
+
+  // Of D 64: the warpgroups take dQ in turns.
+  __device__ __forceinline__ void step_in_turn(int step, int tile) {
+    begin();
+    middle(step, tile);
+    add_to_keys(dk, operand_of_dk, shared.queries(stage.index));
+    const bool mine = step % 2 == consumer;
+    if (mine) {
+      fence_products();  // the assembler wants one behind a branch
+      multiply_queries(shared.scores(step & 1), 0);
+    }
+    end();
+    if (mine) hand_over(step);
+    stage.next();
+  }
+  // A panel of dQ each. It is handed over beside the products of dK.
+  __device__ __forceinline__ void step_by_panels(int step, int tile) {
+    begin();
+    middle(step, tile);
+    multiply_queries(shared.scores(step & 1), consumer);
+    add_to_keys(dk, operand_of_dk, shared.queries(stage.index));
+    wait_products<1>();
+    hold(dp);
+    hand_over(2 * step + consumer);
+    end();
     stage.next();
   }
 
   __device__ __forceinline__ void run() {
     if (w.steps()) wait(shared.keys_full(), 0);
-    for (int i = 0; i < w.steps(); i++) step(i);
+    GradientTile t = w.first();
+    for (int step = 0; step < w.steps(); step++, w.advance(t)) {
+      if constexpr (panels == 2) step_by_panels(step, t.tile);
+      if constexpr (panels == 1) step_in_turn(step, t.tile);
+    }
     const AttentionBackward& a = b.a;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -178,7 +216,7 @@ __global__ void __launch_bounds__(384, 1)
   if (warp < 4) {
     release_registers<24>();
     if (warp == 0) GradientProducer<D>{b, w, shared}.run();
-    if ((warp == 1 || warp == 2) && threadIdx.x % 32 == 0) GradientAdder<D>{b, w, shared, warp - 1}.run();
+    if (warp > 0 && threadIdx.x % 32 == 0) GradientAdder<D>{b, w, shared, warp - 1}.run();
   } else {
     claim_registers<240>();
     GradientConsumer<T, D>{b, w, shared, warp >= 8}.run();

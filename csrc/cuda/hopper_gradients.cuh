@@ -4,9 +4,9 @@
 // that one lane passes on for others is as good, but compute-sanitizer's racecheck does not follow it.
 //
 // The shares of a tile of dQ are added up in memory, in a fixed order: the last keys first, each block of keys in its
-// turn. Two more warps see to that, so that no product waits for memory. A block starts with the first queries that see
-// it, which is where the blocks of later keys are done already, so that hardly any waits. Blocks of later keys have the
-// lower numbers, and are running before those that wait for them.
+// turn. Three more warps see to that, so that no product waits for memory. A block starts with the first queries that
+// see it, which is where the blocks of later keys are done already, so that hardly any waits. Blocks of later keys have
+// the lower numbers, and are running before those that wait for them.
 #pragma once
 #include "cuda/attention_tile.cuh"
 #include "cuda/hopper_attention.h"
@@ -14,7 +14,12 @@
 
 namespace mk::cuda {
 
-constexpr int gradient_keys = 128, gradient_queries = 64;
+constexpr int gradient_keys = 128;
+
+// Where statistics and shares of dQ of a tile lie: a number of its own over all sequences.
+__device__ __forceinline__ int64_t tile_slot(bool packed, int64_t first, int sequence, int max_q, int tile) {
+  return (packed ? first : static_cast<int64_t>(sequence) * max_q) / gradient_queries + sequence + tile;
+}
 
 // Which tiles of queries see a block of keys, of one sequence.
 struct GradientPlan {
@@ -44,22 +49,20 @@ struct GradientPlan {
     const int seen = max((tile + 1) * gradient_queries + offset(), 0);
     return min((seen + gradient_keys - 1) / gradient_keys, all) - 1;
   }
-  // Where the shares of a tile are added up: a number of its own over all sequences.
   __device__ __forceinline__ int64_t slot(const AttentionBackward& a, int sequence, int tile) const {
-    const int64_t first = a.cu_q ? queries.first : static_cast<int64_t>(sequence) * a.max_q;
-    return first / gradient_queries + sequence + tile;
+    return tile_slot(a.cu_q != nullptr, queries.first, sequence, a.max_q, tile);
   }
 };
 
 template <int D>
 struct GradientShared {
-  static constexpr int panels = D / panel_columns, stages = 2;
+  static constexpr int panels = D / panel_columns, stages = 2, adders = 3;
   static constexpr int key_panel = gradient_keys * panel_row_bytes, query_panel = gradient_queries * panel_row_bytes;
   static constexpr int key_bytes = panels * key_panel, query_bytes = panels * query_panel;
   static constexpr int sums_bytes = gradient_queries * panel_columns * 4;  // a panel of a tile of dQ
   static constexpr int tiles = 2 * key_bytes + 2 * stages * query_bytes + 2 * key_panel + 2 * sums_bytes;
-  static constexpr int statistics_bytes = stages * 3 * gradient_queries * 4;
-  static constexpr int bytes = tile_alignment + tiles + statistics_bytes + (6 + 3 * stages) * 8;
+  static constexpr int statistics_bytes = stages * tile_statistics * 4;
+  static constexpr int bytes = tile_alignment + tiles + statistics_bytes + (4 + 2 * stages + 2 * adders) * 8;
   static_assert(bytes <= 227 * 1024);
   uint32_t base;
 
@@ -75,21 +78,23 @@ struct GradientShared {
   __device__ __forceinline__ uint32_t sums(int consumer) const { return scores(2) + consumer * sums_bytes; }
   // Of a query of a tile: 0 the largest score, 1 the inverse sum, 2 delta.
   __device__ __forceinline__ uint32_t statistic(int stage, int which, int query) const {
-    return base + tiles + ((stage * 3 + which) * gradient_queries + query) * 4;
+    return base + tiles + (stage * tile_statistics + which * gradient_queries + query) * 4;
   }
   __device__ __forceinline__ uint32_t barrier(int i) const { return base + tiles + statistics_bytes + 8 * i; }
   __device__ __forceinline__ uint32_t keys_full() const { return barrier(0); }
   __device__ __forceinline__ uint32_t tail_full() const { return barrier(1); }
   __device__ __forceinline__ uint32_t full(int stage) const { return barrier(2 + stage); }
-  __device__ __forceinline__ uint32_t statistics_full(int stage) const { return barrier(2 + stages + stage); }
-  __device__ __forceinline__ uint32_t empty(int stage) const { return barrier(2 + 2 * stages + stage); }
-  __device__ __forceinline__ uint32_t sums_empty(int consumer) const { return barrier(2 + 3 * stages + consumer); }
-  __device__ __forceinline__ uint32_t sums_full(int consumer) const { return barrier(4 + 3 * stages + consumer); }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return barrier(2 + stages + stage); }
+  __device__ __forceinline__ uint32_t sums_empty(int consumer) const { return barrier(2 + 2 * stages + consumer); }
+  // One for each lane that adds: it may be behind or ahead of the others.
+  __device__ __forceinline__ uint32_t sums_full(int consumer, int adder) const {
+    return barrier(4 + 2 * stages + consumer * adders + adder);
+  }
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < 2 + stages; i++) init_mbarrier(barrier(i), 1);
-    for (int i = 0; i < stages; i++) init_mbarrier(statistics_full(i), 32);
     for (int i = 0; i < stages; i++) init_mbarrier(empty(i), 256);
-    for (int i = 0; i < 2; i++) init_mbarrier(sums_empty(i), 1), init_mbarrier(sums_full(i), 4);
+    for (int i = 0; i < 2; i++) init_mbarrier(sums_empty(i), 1);
+    for (int i = 0; i < 2 * adders; i++) init_mbarrier(sums_full(0, i), 4);
     fence_mbarrier_init();
   }
 };
@@ -118,7 +123,12 @@ __device__ __forceinline__ void raise_flag(int* flag) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(__cvta_generic_to_global(flag)) : "memory");
 }
 
-// A block of keys of one key head.
+// A tile of queries of one head.
+struct GradientTile {
+  int head, tile;
+};
+
+// A block of keys of one key head. It walks over the tiles of one head after the other.
 struct GradientWork {
   GradientPlan plan;
   int sequence, kv_head, block, first_key, begin, tiles, heads;
@@ -134,35 +144,39 @@ struct GradientWork {
     heads = a.heads / a.kv_heads;
   }
   __device__ __forceinline__ int steps() const { return heads * tiles; }
-  __device__ __forceinline__ int head(int step) const { return kv_head * heads + step / tiles; }
-  __device__ __forceinline__ int tile(int step) const { return begin + step % tiles; }
-  // Of D 64 the warpgroups take a tile of dQ in turns, else a panel each.
-  __device__ __forceinline__ static bool adds(int panels, int consumer, int step) {
-    return panels == 2 || (step & 1) == consumer;
+  __device__ __forceinline__ GradientTile first() const { return {kv_head * heads, begin}; }
+  __device__ __forceinline__ void advance(GradientTile& t) const {
+    if (++t.tile == begin + tiles) t.tile = begin, t.head++;
   }
+  __device__ __forceinline__ GradientTile at(int step) const {
+    return {kv_head * heads + step / tiles, begin + step % tiles};
+  }
+  // Panels of dQ. Of D 128 the warpgroups have one each of every tile, of D 64 they take tiles in turns: piece 2i is
+  // the first one's, piece 2i + 1 the second one's.
+  __device__ __forceinline__ int pieces(int panels) const { return steps() * panels; }
 };
 
-// A lane that adds up the shares of a warpgroup.
+// A lane that adds up shares of dQ, every third piece: whose turn it is and that an addition is done take longer to
+// pass between multiprocessors than the products of a tile take.
 template <int D>
 struct GradientAdder {
   using Shared = GradientShared<D>;
+  static constexpr int adders = Shared::adders;
   const HopperBackward& b;
   const GradientWork& w;
   Shared shared;
-  int consumer;
+  int adder;
 
   __device__ __forceinline__ void run() const {
-    const int panel = Shared::panels == 2 ? consumer : 0;
-    uint32_t parity = 0;
-    for (int step = 0; step < w.steps(); step++) {
-      if (!w.adds(Shared::panels, consumer, step)) continue;
-      const int64_t slot = w.plan.slot(b.a, w.sequence, w.tile(step)) * b.a.heads + w.head(step);
-      const int turn = w.plan.last_block(w.tile(step)) - w.block;
+    for (int piece = adder; piece < w.pieces(Shared::panels); piece += adders) {
+      const int consumer = piece % 2, panel = Shared::panels == 2 ? consumer : 0;
+      const GradientTile t = w.at(piece / Shared::panels);
+      const int64_t slot = w.plan.slot(b.a, w.sequence, t.tile) * b.a.heads + t.head;
+      const int turn = w.plan.last_block(t.tile) - w.block;
       int* flag = b.turns + slot * 2 + panel;
-      wait(shared.sums_full(consumer), parity);
-      parity ^= 1;
       while (load_flag(flag) != turn) {
       }
+      wait(shared.sums_full(consumer, adder), piece / adders / 2 % 2);
       fence_async_proxy_of_memory();
       add_floats(b.sums + (slot * Shared::panels + panel) * (Shared::sums_bytes / 4), shared.sums(consumer),
                  Shared::sums_bytes);
@@ -193,15 +207,17 @@ struct GradientProducer {
       load_box(shared.values() + p * Shared::key_panel, b.v, barrier, p * panel_columns, row, w.kv_head, sequence);
     }
   }
-  __device__ __forceinline__ void load_queries(int step, int stage, uint32_t barrier) const {
-    const int row = w.tile(step) * gradient_queries + (b.a.cu_q ? w.plan.queries.first : 0);
-    const int sequence = b.a.cu_q ? 0 : w.sequence, head = w.head(step);
-    arrive_expecting(barrier, 2 * Shared::query_bytes);
+  __device__ __forceinline__ void load_queries(const GradientTile& t, int stage, uint32_t barrier) const {
+    const int row = t.tile * gradient_queries + (b.a.cu_q ? w.plan.queries.first : 0);
+    const int sequence = b.a.cu_q ? 0 : w.sequence;
+    const int64_t slot = w.plan.slot(b.a, w.sequence, t.tile) * b.a.heads + t.head;
+    arrive_expecting(barrier, 2 * Shared::query_bytes + tile_statistics * 4);
     for (int p = 0; p < Shared::panels; p++) {
       const int panel = p * Shared::query_panel;
-      load_box(shared.queries(stage) + panel, b.q, barrier, p * panel_columns, 0, row, head, sequence);
-      load_box(shared.outs(stage) + panel, b.dout, barrier, p * panel_columns, 0, row, head, sequence);
+      load_box(shared.queries(stage) + panel, b.q, barrier, p * panel_columns, 0, row, t.head, sequence);
+      load_box(shared.outs(stage) + panel, b.dout, barrier, p * panel_columns, 0, row, t.head, sequence);
     }
+    load_bytes(shared.statistic(stage, 0, 0), b.statistics + slot * tile_statistics, tile_statistics * 4, barrier);
   }
   // `load` brings two tiles that follow each other, of which `live` rows of `rows` are the sequence's own.
   template <class F>
@@ -221,29 +237,17 @@ struct GradientProducer {
     __syncwarp();
     if (lane == 0) arrive(barrier);
   }
-  __device__ __forceinline__ void load_statistics(int step, int stage) const {
-    const AttentionBackward& a = b.a;
-    const int lane = threadIdx.x % 32, first = w.tile(step) * gradient_queries;
-    const bool packed = a.cu_q != nullptr;
-    const int64_t at = lse_at(packed, a.tokens, a.heads, w.sequence, a.max_q, w.head(step),
-                              packed ? w.plan.queries.first + first : first);
-    for (int i = lane; i < gradient_queries; i += 32)
-      for (int which = 0; which < 3; which++)
-        store_shared(shared.statistic(stage, which, i),
-                     first + i < w.plan.queries.count ? a.statistics[which * a.tokens * a.heads + at + i] : 0.0f);
-    arrive(shared.statistics_full(stage));
-  }
   __device__ __forceinline__ void run() {
     Stage<Shared::stages> stage;
     if (!w.steps()) return;
     bring(b.a.cu_k != nullptr, gradient_keys, w.plan.keys.count - w.first_key, shared.keys(), shared.keys_full(),
           [&](uint32_t barrier) { load_keys(barrier); });
-    for (int step = 0; step < w.steps(); step++) {
+    GradientTile t = w.first();
+    for (int step = 0; step < w.steps(); step++, w.advance(t)) {
       wait(shared.empty(stage.index), stage.parity ^ 1);
-      bring(b.a.cu_q != nullptr, gradient_queries, w.plan.queries.count - w.tile(step) * gradient_queries,
+      bring(b.a.cu_q != nullptr, gradient_queries, w.plan.queries.count - t.tile * gradient_queries,
             shared.queries(stage.index), shared.full(stage.index),
-            [&](uint32_t barrier) { load_queries(step, stage.index, barrier); });
-      load_statistics(step, stage.index);
+            [&](uint32_t barrier) { load_queries(t, stage.index, barrier); });
       stage.next();
     }
   }

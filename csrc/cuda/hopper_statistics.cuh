@@ -2,6 +2,7 @@
 // these very scores, and not from the forward's output and lse; see attention_backward.cuh.
 #pragma once
 #include "cuda/hopper_consumer.cuh"
+#include "cuda/hopper_gradients.cuh"
 
 namespace mk::cuda {
 
@@ -67,13 +68,14 @@ struct HopperStatistics : HopperConsumer<T, D, 2, 2> {
       const int query = w.first_query + consumer * 64 + Base::row() + 8 * r;
       if (query >= w.queries.count || threadIdx.x % 4) continue;
       const bool packed = a.cu_q != nullptr;
-      const int64_t count = a.tokens * a.heads;
       const int64_t at =
           lse_at(packed, a.tokens, a.heads, w.sequence, a.max_q, w.group, packed ? w.queries.first + query : query);
       const float inverse = sum[r] > 0 ? __fdividef(1.0f, sum[r]) : 0.0f;
-      f.statistics[at] = largest[r];
-      f.statistics[count + at] = inverse;
-      f.statistics[2 * count + at] = delta[r] * inverse - f.dlse[at];
+      const int64_t slot = tile_slot(packed, w.queries.first, w.sequence, a.max_q, query / gradient_queries);
+      float* to = f.statistics + (slot * a.heads + w.group) * tile_statistics + query % gradient_queries;
+      to[0] = largest[r];
+      to[gradient_queries] = inverse;
+      to[2 * gradient_queries] = delta[r] * inverse - f.dlse[at];
     }
   }
 };
