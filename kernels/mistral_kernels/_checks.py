@@ -3,10 +3,26 @@
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def shape(t: torch.Tensor) -> str:
     return f"[{', '.join(str(n) for n in t.shape)}]"
+
+
+def plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are strided tensors on the CPU of one of the four dtypes, and of no class of their own.
+
+    Then `floating` and `promote` have nothing to do, and a C++ kernel may be called past the dispatcher
+    (`Op.plain`). False while tracing.
+    """
+    if torch.compiler.is_compiling() or type(tensors[0]) not in PLAIN:
+        return False
+    dtype = tensors[0].dtype
+    for t in tensors:
+        if type(t) not in PLAIN or t.dtype != dtype or not t.is_cpu or t.layout != torch.strided or t.is_neg():
+            return False
+    return dtype in FLOATS
 
 
 def floating(**tensors: torch.Tensor | None) -> None:

@@ -95,10 +95,11 @@ def check_window(window: int | None) -> int:
 
 def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str = "k", v_name: str = "v") -> None:
     """k and v agree, and q's heads are a multiple of theirs."""
-    if k.shape != v.shape:
+    shape, k_shape = q.shape, k.shape
+    if v.shape != k_shape:
         raise ValueError(f"{v_name} is {_checks.shape(v)} but {k_name} is {_checks.shape(k)}; they must be equal")
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] < 1:
+    heads, kv_heads = shape[-2], k_shape[-2]
+    if shape[-1] != k_shape[-1] or shape[-1] < 1:
         raise ValueError(f"q has head dimension {q.shape[-1]} and {k_name} {k.shape[-1]}; they must be equal")
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads and {k_name} {kv_heads}; q's must be a multiple of {k_name}'s")
@@ -184,7 +185,9 @@ def attention(
         ValueError: shapes, devices, window or cu_seqlens do not fit.
         NotImplementedError: `impl` cannot run here.
     """
-    _checks.floating(q=q, k=k, v=v)
+    plain = impl is None and cu_seqlens_q is None and _checks.plain(q, k, v)
+    if not plain:
+        _checks.floating(q=q, k=k, v=v)
     width = check_window(window)
     if width and not causal:
         raise ValueError(f"window is {window} with causal=False; a window needs causal=True")
@@ -199,7 +202,10 @@ def attention(
         max_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
         max_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     check_heads(q, k, v)
-    q, k, v = _checks.promote(*_checks.autocast(q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if plain and not _checks.autocast_is_on("cpu"):
+        out, lse = _attention.plain(q, k, v, width, scale, causal, None, None, max_q, max_k)
+        return (out, lse) if return_lse else out
+    q, k, v = _checks.promote(*_checks.autocast(q, k, v))
     out, lse = _attention(impl, q, k, v, width, scale, causal, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     return (out, lse) if return_lse else out
