@@ -67,7 +67,10 @@ def common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     sub.add_argument("--seconds", type=float, help=f"to measure a row (default: {timing.FULL.seconds:g})")
     sub.add_argument(
-        "--allocator", choices=ALLOCATORS, default="default", help="'keep': glibc keeps freed memory, no page faults"
+        "--allocator",
+        choices=ALLOCATORS,
+        default="default",
+        help="'keep': glibc keeps freed memory, no page faults; 'pool': only our outputs' memory is kept",
     )
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+import mistral_kernels
 from mistral_kernels import testing, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("triton", "transformers", "liger-kernel", "flash-attn", "flash-attn-4", "quack-kernels")
-ALLOCATORS = ("default", "keep")
+ALLOCATORS = ("default", "keep", "pool")
+POOL_BYTES = 1 << 30
 
 
 def _git(*arguments: str) -> str:
@@ -60,7 +62,8 @@ def last_cache_bytes() -> int:
 
 
 def set_allocator(name: str) -> None:
-    """Makes glibc keep freed memory ("keep") instead of returning it: large outputs then cost no page faults.
+    """Makes glibc keep freed memory ("keep") instead of returning it, so that large outputs cost no page faults; or
+    only ours ("pool", `mistral_kernels.output_pool`).
 
     Raises:
         NotImplementedError: the C library has no mallopt.
@@ -69,6 +72,8 @@ def set_allocator(name: str) -> None:
         raise ValueError(f"allocator is {name!r}; it must be one of {', '.join(ALLOCATORS)}")
     if name == "default":
         return
+    if name == "pool":
+        return mistral_kernels.output_pool(POOL_BYTES)
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):
         raise NotImplementedError("allocator 'keep' needs glibc's mallopt")

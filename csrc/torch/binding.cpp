@@ -1,5 +1,7 @@
 #include "torch/binding.h"
 
+#include "torch/outputs.h"
+
 namespace mk {
 namespace {
 
@@ -29,6 +31,25 @@ bool is_int8(const Tensor& t) {
   return dtype == aoti_torch_dtype_int8();
 }
 
+namespace {
+
+// On a block of the pool; null where it has none.
+AtenTensorHandle pooled(int64_t bytes, int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  int64_t size;
+  void* block = pool_take(bytes, &size);
+  if (!block) return nullptr;
+  const auto give = [](void* data, void* size) { pool_give(data, reinterpret_cast<intptr_t>(size)); };
+  AtenTensorHandle handle;
+  const AOTITorchError error =
+      torch_from_blob(block, dims, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
+                      aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(intptr_t{size}));
+  if (error) pool_give(block, size);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return handle;
+}
+
+}  // namespace
+
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like) {
   const int64_t dims = static_cast<int64_t>(sizes.size());
   int64_t strides[64];
@@ -43,10 +64,15 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const 
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
   }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes.data(), strides, torch_dtypes().of[static_cast<int>(dtype)], device, index, &handle));
-  return Tensor(handle);
+  const int32_t type = torch_dtypes().of[static_cast<int>(dtype)];
+  const int64_t bytes = stride * size_of(dtype);
+  const bool large = bytes >= large_output && device == aoti_torch_device_type_cpu();
+  AtenTensorHandle handle = large ? pooled(bytes, dims, sizes.data(), strides, type) : nullptr;
+  if (handle) return Tensor(handle);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, type, device, index, &handle));
+  const Tensor fresh(handle);
+  if (large && fresh.numel()) advise_huge(fresh.mutable_data_ptr(), bytes);
+  return fresh;
 }
 
 Tensor unit_stride(const Tensor& t) {

@@ -2,6 +2,7 @@
 
 from . import reference as reference
 from ._dispatch import backends
+from ._outputs import output_pool
 from ._using import using
 from .attention import attention
 from .decode import decode_layers
@@ -36,6 +37,7 @@ __all__ = [
     "linear_int8",
     "linear_nf4",
     "linear_quantized",
+    "output_pool",
     "patch",
     "quantize_",
     "quantize_weight",

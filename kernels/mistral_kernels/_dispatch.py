@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from . import _checks, _library
 
 IMPLS = ("reference", "cpu", "cuda", "triton", "flash_attn")
 SHORT_ELEMENTS = 2**23
+CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 @functools.cache
@@ -156,6 +157,7 @@ class Op:
         backward: Callable | None = None,
     ):
         self.name, _, self._signature = schema.partition("(")
+        self._mutable = "!" in schema
         self.eager = _contiguous(eager)
         self._composite = composite is not None
         self._torch = self.eager if composite is None else _contiguous(composite)
@@ -167,6 +169,8 @@ class Op:
         self._transformed: dict[Any, Any] = {}
         self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
+        # Not the whole dispatcher but the one kernel, which takes a third of the time (Zen 5).
+        self._cpu_kernel = functools.partial(self._auto._handle.redispatch_boxed, CPU) if self.compiled else None
         if not self.compiled:
             _library.library.impl(self.name, self._torch, "CPU")
         if not _library.has_kernel(self.name, "CUDA"):
@@ -182,7 +186,7 @@ class Op:
         qualified = f"{_library.NAMESPACE}::{name}"
         torch.library.register_fake(qualified, self._fake, lib=_library.library)
         op = getattr(getattr(torch.ops, _library.NAMESPACE), name).default
-        if not op._schema.is_mutable:
+        if not self._mutable:
             backward = self._backward or functools.partial(_not_differentiable, self.name)
             setup = self._setup_context and functools.partial(_set_up, self._setup_context, impl)
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_library.library)
@@ -283,6 +287,15 @@ class Op:
             return getattr(_flash(), str(self._flash))(*args)
         return self._call({"triton": self._triton, "cuda": self._cuda}.get(impl, self._auto), args)
 
+    def plain(self, *args: Any) -> Any:
+        """The same as `self(None, *args)` for arguments of which `_checks.plain` says that they are so."""
+        if self._cpu_kernel is None or _something_listens() or forward_ad._current_level >= 0:
+            return self._call(self._auto, args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            function = self._functions.get(self._auto)
+            return self._call(self._auto, args) if function is None else function.apply(*args)
+        return self._cpu_kernel(*args)
+
     def _call(self, op: Any, args: tuple) -> Any:
         """Calls `op` past its registered autograd, which is Python: alone where nothing is differentiated, else as the
         function of the same formula. Tracing sees the registered one, torch.func's transforms one of their form."""
@@ -292,7 +305,7 @@ class Op:
             forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args)
         ):
             raise NotImplementedError(f"{op}: forward-mode differentiation (jvp) is not there; impl='reference' has it")
-        if op._schema.is_mutable:
+        if self._mutable:
             return op(*args)
         if torch._C._are_functorch_transforms_active():
             return self._transformed[op].apply(*args)
@@ -302,19 +315,33 @@ class Op:
         return self._below_autograd(op, args)
 
     def _below_autograd(self, op: Any, args: tuple) -> Any:
-        """Runs `op`. On a GPU the dispatcher would come back to `_run_on_gpu`, through a slow door: where nothing else
-        listens, that is called at once."""
+        """Runs `op`. On a GPU the dispatcher would come back to `_run_on_gpu`, through a slow door, and to a kernel in
+        C++ it is the longer way: where nothing else listens, they are called at once."""
+        if op is self._auto and not _something_listens():
+            tensors = _tensors(args)
+            if tensors[0].is_cuda and _as_they_are(tensors):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return self._run_on_gpu(*args)
+            if self._cpu_kernel is not None and _checks.plain(*tensors):
+                return self._cpu_kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            if op is self._auto and args[0].is_cuda and _nothing_listens(args):
-                return self._run_on_gpu(*args)
             return op(*args)
 
 
-def _nothing_listens(args: tuple) -> bool:
-    """Whether no mode and no tensor of another class would see a call through the dispatcher, and no tensor needs it
-    to become what it stands for: a view by `imag` may hold its values negated."""
-    return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(t) in _checks.PLAIN and not t.is_neg() for t in _tensors(args)
+def _as_they_are(tensors: list[torch.Tensor]) -> bool:
+    """Whether a kernel may take these past the dispatcher: none is of another class, and none holds its values negated,
+    as a view by `imag` may."""
+    return all(type(t) in _checks.PLAIN and not t.is_neg() for t in tensors)
+
+
+def _something_listens() -> bool:
+    """Whether a mode, a transform of torch.func, a tracer or the profiler would see a call through the dispatcher."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or profiler._is_profiler_enabled
     )
 
 

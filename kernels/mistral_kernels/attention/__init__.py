@@ -115,12 +115,13 @@ def check_longest(name: str, given: int | None, cu: torch.Tensor, tokens: int) -
 
 def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str = "k", v_name: str = "v") -> None:
     """k and v agree, and q's heads are a multiple of theirs."""
-    if k.shape != v.shape:
+    shape, k_shape = q.shape, k.shape
+    if v.shape != k_shape:
         raise ValueError(f"{v_name} is {_checks.shape(v)} but {k_name} is {_checks.shape(k)}; they must be equal")
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    if q.shape[-1] < 1:
+    heads, kv_heads = shape[-2], k_shape[-2]
+    if shape[-1] < 1:
         raise ValueError(f"q is {_checks.shape(q)}; its last dimension, the head's, must be at least 1")
-    if q.shape[-1] != k.shape[-1]:
+    if shape[-1] != k_shape[-1]:
         raise ValueError(f"q has head dimension {q.shape[-1]} and {k_name} {k.shape[-1]}; they must be equal")
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads and {k_name} {kv_heads}; q's must be a multiple of {k_name}'s")
@@ -207,7 +208,9 @@ def attention(
         ValueError: shapes, devices, window, scale, cu_seqlens or max_seqlen do not fit.
         NotImplementedError: `impl` cannot run here.
     """
-    _checks.floating(q=q, k=k, v=v)
+    plain = impl is None and cu_seqlens_q is None and _checks.plain(q, k, v)
+    if not plain:
+        _checks.floating(q=q, k=k, v=v)
     width = check_window(window)
     causal = _checks.flag("causal", causal)
     if width and not causal:
@@ -223,7 +226,10 @@ def attention(
         max_q = check_longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
         max_k = check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
     check_heads(q, k, v)
-    q, k, v = _checks.promote(*_checks.autocast(q, k, v))
     scale = check_scale(scale, q.shape[-1])
+    if plain and not _checks.autocast_is_on("cpu"):
+        out, lse = _attention.plain(q, k, v, width, scale, causal, None, None, max_q, max_k)
+        return (out, lse) if return_lse else out
+    q, k, v = _checks.promote(*_checks.autocast(q, k, v))
     out, lse = _attention(impl, q, k, v, width, scale, causal, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     return (out, lse) if return_lse else out

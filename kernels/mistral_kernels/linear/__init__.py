@@ -40,13 +40,14 @@ _linear = Op(
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if weight.dim() != 2:
+    shape = weight.shape
+    if len(shape) != 2:
         raise ValueError(f"weight is {_checks.shape(weight)}; it must be [N, K]")
-    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+    if x.shape[-1:] != shape[1:]:
         raise ValueError(
             f"x is {_checks.shape(x)}; with weight {_checks.shape(weight)} it must be [..., {weight.shape[1]}]"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is not None and bias.shape != shape[:1]:
         raise ValueError(
             f"bias is {_checks.shape(bias)}; with weight {_checks.shape(weight)} it must be [{weight.shape[0]}]"
         )
@@ -93,8 +94,10 @@ def linear(
         kind = x.device.type if isinstance(x, torch.Tensor) else "cpu"
         if _checks.autocast_is_on(kind):
             return reference.linear(x, weight, bias)
-    _checks.floating(x=x, weight=weight, **_checks.given(bias=bias))
+    plain = impl is None and (_checks.plain(x, weight) if bias is None else _checks.plain(x, weight, bias))
+    if not plain:
+        _checks.floating(x=x, weight=weight, **_checks.given(bias=bias))
     _check(x, weight, bias)
     if impl is None and not _kernel_pays(kind, x):
         return reference.linear(x, weight, bias)
-    return _linear(impl, x, weight, bias)
+    return _linear.plain(x, weight, bias) if plain else _linear(impl, x, weight, bias)

@@ -97,7 +97,7 @@ def quantize_weight(
         ValueError: an unknown scheme or group, a weight that is not two-dimensional or not finite, a hessian that does
             not fit it.
     """
-    _checks.floating(weight=weight, hessian=hessian)
+    _checks.floating(weight=weight, **_checks.given(hessian=hessian))
     group = check_scheme(scheme, group_size)
     if weight.dim() != 2:
         raise ValueError(f"weight is {_checks.shape(weight)}; it must be [N, K]")

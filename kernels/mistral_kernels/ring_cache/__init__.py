@@ -91,12 +91,13 @@ _write_kv_int8, _rope_write_kv_int8, _attention_cached_int8 = int8.make_ops(_tri
 
 def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, name: str, codes: bool) -> None:
     """The caches are `[B, slots, Hkv, D]`, of one shape, for tokens of the dtype and the head dimension of `k`."""
-    if k_cache.dim() != 4 or v_cache.shape != k_cache.shape or k_cache.shape[1] < 1:
+    slots = k_cache.shape
+    if len(slots) != 4 or v_cache.shape != slots or slots[1] < 1:
         raise ValueError(
             f"k_cache is {_checks.shape(k_cache)} and v_cache {_checks.shape(v_cache)};"
             " they must be equal, [B, slots, Hkv, D], with at least one slot"
         )
-    if k_cache.shape[-1] != k.shape[-1]:
+    if slots[-1] != k.shape[-1]:
         raise ValueError(f"k_cache has head dimension {k_cache.shape[-1]} and {name} {k.shape[-1]}; must be equal")
     needed = torch.int8 if codes else k.dtype
     if k_cache.dtype != needed or v_cache.dtype != needed:
@@ -188,11 +189,15 @@ def write_kv(
         TypeError, ValueError: a tensor that does not fit.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    _check_float_caches(k_cache, v_cache, k=k, v=v)
+    plain = impl is None and k_scale is None and cu_seqlens is None and _checks.plain(k, v, k_cache, v_cache)
+    if not plain:
+        _check_float_caches(k_cache, v_cache, k=k, v=v)
     codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
     _checks.no_gradient("write_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     if codes:
         _write_kv_int8(impl, k, v, k_cache, v_cache, k_scale, v_scale, positions, cu_seqlens)
+    elif plain and type(positions) in _checks.PLAIN:
+        _write_kv.plain(k, v, k_cache, v_cache, positions, None)
     else:
         _write_kv(impl, k, v, k_cache, v_cache, positions, cu_seqlens)
 
@@ -229,9 +234,12 @@ def rope_write_kv(
             such a token's q and k become NaN, and NaN is written.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    _check_float_caches(k_cache, v_cache, q=q, k=k, v=v, cos=cos, sin=sin)
+    plain = impl is None and k_scale is None and _checks.plain(q, k, v, k_cache, v_cache) and _checks.plain(cos, sin)
+    if not plain:
+        _check_float_caches(k_cache, v_cache, q=q, k=k, v=v, cos=cos, sin=sin)
     codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
-    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+    shape, k_shape = q.shape, k.shape
+    if shape[:-2] != k_shape[:-2] or shape[-1:] != k_shape[-1:]:
         raise ValueError(f"q is {_checks.shape(q)} but k is {_checks.shape(k)}; only the heads may differ")
     if q.dtype != k.dtype:
         raise TypeError(f"q is {q.dtype} but k is {k.dtype}; they must be equal")
@@ -239,8 +247,11 @@ def rope_write_kv(
     check_tables(cos, sin, q.shape[-1])
     check_positions(positions, cos.shape[0], idle=True)
     table = _checks.accumulate_dtype(q.dtype)
+    interleaved = _checks.flag("interleaved", interleaved)
+    if plain and cos.dtype == table and type(positions) in _checks.PLAIN and cu_seqlens is None:
+        return _rope_write_kv.plain(q, k, v, k_cache, v_cache, positions, cos, sin, None, interleaved)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
-    rest = (positions, cos, sin, cu_seqlens, _checks.flag("interleaved", interleaved))
+    rest = (positions, cos, sin, cu_seqlens, interleaved)
     if codes:
         return _rope_write_kv_int8(impl, q, k, v, k_cache, v_cache, k_scale, v_scale, *rest)
     return _rope_write_kv(impl, q, k, v, k_cache, v_cache, *rest)
@@ -327,7 +338,10 @@ def attention_cached(
             the sequence: looked up on a CPU only, since on a GPU that would wait for the device).
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    _check_float_caches(k_cache, v_cache, q=q, **_checks.given(k_new=k_new, v_new=v_new))
+    alone = k_new is None and k_scale is None and cu_seqlens is None
+    plain = alone and impl is None and _checks.plain(q, k_cache, v_cache)
+    if not plain:
+        _check_float_caches(k_cache, v_cache, q=q, **_checks.given(k_new=k_new, v_new=v_new))
     width = check_window(window)
     batch, slots = k_cache.shape[0], k_cache.shape[1]
     _check_tokens(q, "q", batch, cu_seqlens)
@@ -349,6 +363,9 @@ def attention_cached(
     check_history(seq_lens, slots, width, longest, k_new is not None)
     scale = check_scale(scale, q.shape[-1])
     batch_invariant = _checks.flag("batch_invariant", batch_invariant)
+    if plain and type(seq_lens) in _checks.PLAIN:
+        none = (None, None, None)
+        return _attention_cached.plain(q, k_cache, v_cache, seq_lens, width, scale, *none, longest, batch_invariant)
     rest = (seq_lens, width, scale, k_new, v_new, cu_seqlens, longest, batch_invariant)
     if codes:
         return _attention_cached_int8(impl, q, k_cache, v_cache, k_scale, v_scale, *rest)

@@ -92,9 +92,9 @@ _add_rms_norm = Op(
 def _check(x: torch.Tensor, weight: torch.Tensor, rounding: str) -> None:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {rounding!r}; it must be 'model' or 'fp32'")
-    if x.dim() < 1:
-        raise ValueError("x is a scalar; it must be [..., N]")
-    if weight.shape != x.shape[-1:]:
+    if weight.shape != (n := x.shape[-1:]) or not n:
+        if x.dim() < 1:
+            raise ValueError("x is a scalar; it must be [..., N]")
         raise ValueError(f"weight is {_checks.shape(weight)}; with x {_checks.shape(x)} it must be [{x.shape[-1]}]")
 
 
@@ -125,8 +125,12 @@ def rms_norm(
         ValueError: shapes, devices or `rounding` do not fit.
         NotImplementedError: `impl` cannot run here.
     """
-    _checks.floating(x=x, weight=weight)
+    plain = impl is None and _checks.plain(x, weight)
+    if not plain:
+        _checks.floating(x=x, weight=weight)
     _check(x, weight, rounding)
+    if plain:
+        return _rms_norm.plain(x, weight, _checks.number("eps", eps), rounding == "model")[0]
     weight = _weight_for(x, weight)
     if weight.dtype == torch.float64 != x.dtype:
         impl = "reference"
@@ -156,9 +160,13 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as `rms_norm`; also where residual has another shape than x.
     """
-    _checks.floating(x=x, residual=residual, weight=weight)
+    plain = impl is None and _checks.plain(x, residual, weight)
+    if not plain:
+        _checks.floating(x=x, residual=residual, weight=weight)
     _checks.same_shape(x=x, residual=residual)
     _check(x, weight, rounding)
+    if plain:
+        return _add_rms_norm.plain(x, residual, weight, _checks.number("eps", eps), rounding == "model")[:2]
     x, residual = _checks.promote(x, residual)
     weight = _weight_for(x, weight)
     if weight.dtype == torch.float64 != x.dtype:

@@ -43,8 +43,10 @@ def check_tables(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
     """cos and sin are `[P, D/2]` for this head_dim."""
     if head_dim % 2:
         raise ValueError(f"the head dimension is {head_dim}; it must be even")
-    _checks.same_shape(cos=cos, sin=sin)
-    if cos.dim() != 2 or cos.shape[1] != head_dim // 2:
+    shape = cos.shape
+    if sin.shape != shape:
+        _checks.same_shape(cos=cos, sin=sin)
+    if len(shape) != 2 or shape[1] != head_dim // 2:
         raise ValueError(
             f"cos is {_checks.shape(cos)}; for head dimension {head_dim} it must be [P, {head_dim // 2}]"
             f" (or [B, S, {head_dim}], as Hugging Face hands it over, in rope)"
@@ -52,12 +54,13 @@ def check_tables(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor | None) -> None:
-    if q.dim() not in (3, 4) or k.dim() != q.dim() or k.shape[-1] != q.shape[-1] or k.shape[:-2] != q.shape[:-2]:
+    shape, k_shape = q.shape, k.shape
+    if len(shape) not in (3, 4) or k_shape[:-2] != shape[:-2] or k_shape[-1:] != shape[-1:]:
         raise ValueError(
             f"q is {_checks.shape(q)} and k {_checks.shape(k)};"
             " they must be [B, S, H, D] and [B, S, Hkv, D], or [T, H, D] and [T, Hkv, D]"
         )
-    if positions is not None and positions.shape != q.shape[:-2]:
+    if positions is not None and positions.shape != shape[:-2]:
         raise ValueError(
             f"positions is {_checks.shape(positions)}; with q {_checks.shape(q)} it must be"
             f" [{', '.join(str(n) for n in q.shape[:-2])}]"
@@ -113,9 +116,12 @@ def rope(
             looked up before the launch, which would wait for the device: such a token's q and k become NaN.
         NotImplementedError: `impl` cannot run here.
     """
-    _checks.floating(q=q, k=k, cos=cos, sin=sin)
+    plain = impl is None and _checks.plain(q, k) and _checks.plain(cos, sin)
+    if not plain:
+        _checks.floating(q=q, k=k, cos=cos, sin=sin)
     if positions is not None:
         _checks.integral(q.device, POSITION_DTYPES, positions=positions)
+        plain = plain and type(positions) in _checks.PLAIN
     _check(q, k, positions)
     if cos.dim() == 3:
         cos, sin, positions = _tables_of_tokens(q, cos, sin, positions)
@@ -126,6 +132,8 @@ def rope(
         reference.check_positions(positions, cos.shape[0])
     interleaved = _checks.flag("interleaved", interleaved)
     table = _checks.accumulate_dtype(q.dtype)
+    if plain and cos.dtype == table:
+        return _rope.plain(q, k, cos, sin, positions, interleaved, False)
     q, k = _checks.promote(q, k)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
     return _rope(impl, q, k, cos, sin, positions, interleaved, False)
