@@ -18,7 +18,7 @@ import torch
 from mistral_kernels import testing
 
 COMPILERS = ("cc", "gcc", "clang")
-FMA_ROUNDS, FMA_FLOPS = 200_000, 2 * 12 * 8  # of probe_fma: rounds of a call, and FLOPs of a round
+FMA_ROUNDS, FMA_FLOPS = 5_000_000, 2 * 12 * 8  # of probe_fma: rounds of a call, and FLOPs of a round
 
 
 @functools.cache

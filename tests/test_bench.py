@@ -13,6 +13,7 @@ from bench.families import attention, rms_norm, swiglu
 from bench.limits import FMA_FLOPS, FMA_ROUNDS, Limits, _probe
 from bench.runner import Settings, fill_row, run_row
 from mistral_kernels import testing
+from mistral_kernels._isa import _compiled
 
 FAST = timing.Effort(least=3, most=3, seconds=0.0, sample=0.0)
 PEERS = ("eager", "F.rms_norm", "SDPA", "matmul", "SDPA, heads as queries", "F.cross_entropy")
@@ -102,6 +103,22 @@ def test_rows_cut_from_attention_are_those_of_the_whole(window):
 
 
 # ---- wrong results ----
+
+
+@pytest.mark.skipif(not testing.isa_tiers(), reason="the C++ kernels are not built")
+def test_a_row_is_held_to_its_instruction_set(limits, monkeypatch):
+    right, seen = mistral_kernels.swiglu, set()
+
+    def watched(*args, **kwargs):
+        seen.add(_compiled().mistral_kernels_isa())
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(mistral_kernels, "swiglu", watched)
+    before = _compiled().mistral_kernels_isa()
+    bench = dataclasses.replace(swiglu._bench(8, 64, packed=False), isa="base")
+    row = run_row(bench, settings(), limits, "command")
+    assert not row.refused and row.case.endswith(" base") and row.key == bench.key
+    assert seen == {b"base"} and _compiled().mistral_kernels_isa() == before
 
 
 @pytest.mark.parametrize("family", ["rms_norm", "attention"])
