@@ -31,7 +31,7 @@ SCHEMES: dict[str, tuple[str, int | None, bool]] = {
     "nf4 g64": ("nf4", 64, False),
 }
 # Of those, the ones that are calibrated on a text too.
-CALIBRATED = ("int8", "int4 g128")
+CALIBRATED = ("int8", "int8 g32", "int4 g128")
 KV_CHUNK = 64
 
 
