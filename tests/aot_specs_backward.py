@@ -63,6 +63,9 @@ def _products(report, ptx):
 
 
 TENSOR = dict(check=_products, mma=True)
+# D=128 on sm_90 loads and stores up to 8 values a block under Triton 3.9. The tile without that takes 12% more time on
+# an H200.
+RELOADS = TENSOR | dict(reloads=8)
 SPECS = [
     Spec("rms_norm backward 128", _norm(128), narrow=2, slow=True),
     Spec("rms_norm backward 576", _norm(576), narrow=2),
@@ -79,15 +82,20 @@ SPECS = [
     Spec(
         "swiglu_packed backward", lambda _: swiglu.swiglu_packed_backward(meta(512, 14336), meta(512, 28672)), narrow=0
     ),
-    Spec("attention backward D128", _attention(128), **TENSOR),
+    Spec("attention backward D128", _attention(128), (80, 100), **TENSOR),
+    Spec("attention backward D128", _attention(128), (90,), **RELOADS),
     Spec("attention backward D64", _attention(64), (80, 90), **TENSOR),
     Spec("attention backward D64", _attention(64), (100,), slow=True, **TENSOR),
     Spec("attention backward D256", _attention(256), (80, 100), slow=True, **TENSOR),
     Spec("attention backward D256", _attention(256), (90,), slow=True, check=_products),
-    Spec("attention backward D128 packed", _attention(128, packed=True), slow=True, **TENSOR),
-    Spec("attention backward D128 not causal", _attention(128, window=0, causal=False), slow=True, **TENSOR),
-    Spec("attention backward D128 no window", _attention(128, window=0), slow=True, **TENSOR),
-    Spec("attention backward D96", _attention(96), slow=True, **TENSOR),
+    Spec("attention backward D128 packed", _attention(128, packed=True), (80, 100), slow=True, **TENSOR),
+    Spec("attention backward D128 packed", _attention(128, packed=True), (90,), slow=True, **RELOADS),
+    Spec("attention backward D128 not causal", _attention(128, window=0, causal=False), (80, 100), slow=True, **TENSOR),
+    Spec("attention backward D128 not causal", _attention(128, window=0, causal=False), (90,), slow=True, **RELOADS),
+    Spec("attention backward D128 no window", _attention(128, window=0), (80, 100), slow=True, **TENSOR),
+    Spec("attention backward D128 no window", _attention(128, window=0), (90,), slow=True, **RELOADS),
+    Spec("attention backward D96", _attention(96), (80, 100), slow=True, **TENSOR),
+    Spec("attention backward D96", _attention(96), (90,), slow=True, **RELOADS),
     Spec("attention backward D128 without TMA", _attention(128, tma=False), (90, 100), slow=True, check=_products),
     Spec("attention backward D64 without TMA", _attention(64, tma=False), (90, 100), slow=True, check=_products),
     Spec("attention backward D256 without TMA", _attention(256, tma=False), (90, 100), slow=True, check=_products),

@@ -12,6 +12,7 @@ from . import reference
 MAX_TRITON_HEAD_DIM = 256
 MAX_CUDA_HEAD_DIM = 256
 SHORT_QUERIES = 2048
+SHORT_GRADIENTS = 4096
 MOST_KEYS = 2**30  # no sequence is longer; kernels add a window to positions in int32
 
 
@@ -52,7 +53,7 @@ _backward = Op(
     eager=reference.attention_backward,
     fake=lambda dout, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
     cuda=True,
-    cuda_first=lambda dout, dlse, q, *rest: q.shape[-1] <= 128 and rest[-2] <= SHORT_QUERIES and hopper_first(q, 0),
+    cuda_first=lambda dout, dlse, q, *rest: q.shape[-1] <= 128 and rest[-2] <= SHORT_GRADIENTS and hopper_first(q, 0),
     cuda_supports=lambda dout, dlse, q, *_: cuda_supports(q),
     triton="attention.triton_backward_launch:attention_backward",
     triton_supports=_triton_supports,
