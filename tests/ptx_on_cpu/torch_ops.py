@@ -18,7 +18,7 @@ def _bindings(includes: list[Path]) -> list[Path]:
     torch_include = Path(torch.__file__).parent / "include"
     flags = ["-std=c++20", "-DMK_CUDA_KEY=CPU", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-w"]
     flags += ["-isystem", str(torch_include)]
-    sources += [CSRC / "torch/binding.cpp", build.HERE / "torch_device.cpp"]
+    sources += [CSRC / "torch/binding.cpp", CSRC / "torch/outputs.cpp", build.HERE / "torch_device.cpp"]
     depends = [*headers, build.RUNTIME / "api.h"]
     return build.two_at_a_time(lambda source: build.compile_cpp(source, includes, flags, depends), sources)
 
