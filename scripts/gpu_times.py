@@ -20,7 +20,7 @@ heads. Attention counts the visible keys' products only, its backward 2.5 times 
 cuDNN or FlashAttention as it chooses. B2 where D is 64, else one sequence. `copy` and `gemm` are the machine's own
 limits in the same run. On compute capability 9.0 `cuda` forward and backward
 are the kernels with wgmma and TMA; the automatic choice there is `cuda` for the forward of 16-bit inputs with heads
-wider than 64 or at most 2048 queries and for gradients of at most 4096 queries up to D 128, and `triton` else. Short
+wider than 64 or at most 2048 queries and for gradients of at most 2048 queries up to D 128, of 4096 up to D 64, and `triton` else. Short
 kernels wait for their launch from Python, Triton's more than CUDA C++'s: where both can run, norms, SwiGLU, ring
 writes and decoding take CUDA C++ on a GPU, rotations and gradients of norms up to 2^23 elements. A CUDA graph
 (`mistral.graphed`) removes the wait: rows "in a graph". Linear layers are one 4096 by 14336 projection in a graph,

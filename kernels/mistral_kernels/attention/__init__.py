@@ -12,7 +12,6 @@ from . import reference
 MAX_TRITON_HEAD_DIM = 256
 MAX_CUDA_HEAD_DIM = 256
 SHORT_QUERIES = 2048
-SHORT_GRADIENTS = 4096
 MOST_KEYS = 2**30  # no sequence is longer; kernels add a window to positions in int32
 
 
@@ -46,6 +45,12 @@ def hopper_first(q: torch.Tensor, max_q: int) -> bool:
     return q.dtype != torch.float32 and (q.shape[-1] > 64 or max_q <= SHORT_QUERIES) and _is_hopper(q.device)
 
 
+def _gradients_by_hopper(q: torch.Tensor, max_q: int) -> bool:
+    """The same of the gradients: narrow heads gain up to twice the length (docs/gpu.md)."""
+    longest = 2 * SHORT_QUERIES if q.shape[-1] <= 64 else SHORT_QUERIES
+    return q.shape[-1] <= 128 and max_q <= longest and hopper_first(q, 0)
+
+
 _LENGTHS = "int window, float scale, bool causal, Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k"
 _backward = Op(
     "attention_backward(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
@@ -53,7 +58,7 @@ _backward = Op(
     eager=reference.attention_backward,
     fake=lambda dout, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
     cuda=True,
-    cuda_first=lambda dout, dlse, q, *rest: q.shape[-1] <= 128 and rest[-2] <= SHORT_GRADIENTS and hopper_first(q, 0),
+    cuda_first=lambda dout, dlse, q, *rest: _gradients_by_hopper(q, rest[-2]),
     cuda_supports=lambda dout, dlse, q, *_: cuda_supports(q),
     triton="attention.triton_backward_launch:attention_backward",
     triton_supports=_triton_supports,
