@@ -18,13 +18,13 @@ One run of `scripts/gpu_times.py` or, for the shape of Mistral 7B, `scripts/gpu_
 mean) for each file. Kernels: medians of `triton.testing.do_bench`, bfloat16, 32 query and 8 KV
 heads. Attention counts the visible keys' products only, its backward 2.5 times the forward's. SDPA is torch's own,
 cuDNN or FlashAttention as it chooses. B2 where D is 64, else one sequence. `copy` and `gemm` are the machine's own
-limits in the same run. On compute capability 9.0 `cuda` forward and backward
-are the kernels with wgmma and TMA; the automatic choice there is `cuda` for the forward of 16-bit inputs with heads
-wider than 64 or at most 2048 queries and for gradients of at most 2048 queries up to D 128, of 4096 up to D 64, and `triton` else. Short
-kernels wait for their launch from Python, Triton's more than CUDA C++'s: where both can run, norms, SwiGLU, ring
-writes and decoding take CUDA C++ on a GPU, rotations and gradients of norms up to 2^23 elements. A CUDA graph
-(`mistral.graphed`) removes the wait: rows "in a graph". Linear layers are one 4096 by 14336 projection in a graph,
-in bfloat16 and on codes, at 1, 2, 4 and 16 rows by the bytes of codes and scales, at more by the products.
+limits in the same run. On compute capability 9.0 `cuda` forward and backward are the kernels with wgmma and TMA; the
+automatic choice there is `cuda` for the forward of 16-bit inputs with heads wider than 64 or at most 2048 queries, and
+for gradients of at most 2048 queries up to D 128, of 4096 up to D 64, and `triton` else. Short kernels wait for their
+launch from Python, Triton's more than CUDA C++'s: where both can run, norms, SwiGLU, ring writes and decoding take CUDA
+C++ on a GPU, rotations and gradients of norms up to 2^23 elements. A CUDA graph (`mistral.graphed`) removes the wait:
+rows "in a graph". Linear layers are one 4096 by 14336 projection in a graph, in bfloat16 and on codes, at 1, 2, 4 and
+16 rows by the bytes of codes and scales, at more by the products.
 """
 
 
