@@ -163,7 +163,7 @@ def test_what_hf_has_and_the_model_has_not_is_named(changes):
     ("changes", "message"),
     [
         ({"n_heads": 5}, "multiple of n_kv_heads"),
-        ({"head_dim": 15}, "must be even"),
+        ({"head_dim": 15}, "must be an even int"),
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"sliding_window": -1}, "sliding_window is -1"),
         ({"dim": 0}, "dim is 0"),
