@@ -80,17 +80,6 @@ MK_INLINE void store_words(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Keeps what several products share in a register: where the registers just suffice the compiler reads it from memory
-// with every product, and then loads are what the products wait for.
-template <class V>
-MK_INLINE void in_register(V& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__AVX2__)
-  asm("" : "+x"(v));
-#endif
-}
-
 // The words of a row from `p` on, in the order of memory.
 template <class M, class T>
 MK_INLINE typename M::Words row_vector(const T* p) {

@@ -10,15 +10,13 @@ namespace mk::MK_ISA {
 namespace {
 
 constexpr int row_step = 4;
-constexpr int64_t key_tile = 8, value_tile = 16;  // keys that one head after the other reads
-// What is read so many keys later is prefetched into L2, in the order of memory and not in that of the products: each
-// head's part of a row, with the rows 2 KB apart, is a stream of its own to the processor's prefetcher. Such reads
-// alone, of cold bf16 keys and values of 8 heads of 128, on one thread of a Zen 3: 15 GB/s, and 10 where each product
-// prefetched its own next rows.
-constexpr int64_t keys_ahead = 16;
+constexpr int64_t value_tile = 32;  // keys whose values are added up in registers
+// Prefetched into L2: keys 16 rows ahead, values one head ahead (4096 bf16 keys on Zen 5: 21 GB/s a thread instead of
+// 13).
+constexpr int64_t key_ahead = 16;
 
-template <class M, class T>
-constexpr int row_unit = M::width * M::step * read_vectors<M, T>;  // elements that are read at once
+template <class M>
+constexpr int row_unit = M::width * M::step;  // elements in a vector of words
 
 // Scores of a piece: its keys, and what it takes to let each span start at a whole pair, and the last vectors be full.
 template <class M>
@@ -28,7 +26,7 @@ template <class T>
 DecodeSizes sizes(int64_t dim, int64_t rows) {
   using M = typename ArithmeticOf<T>::type;
   using Scalar = typename M::Scalar;
-  const int64_t n = round_up(dim, row_unit<M, T>), all = decode_heads * round_up(rows, row_step);
+  const int64_t n = round_up(dim, row_unit<M>), all = decode_heads * round_up(rows, row_step);
   return {all * (n / M::step * (int64_t)sizeof(typename M::Word) + score_row<M> * (int64_t)sizeof(Scalar)) +
               2 * score_row<M> * (int64_t)sizeof(Scalar) + value_tile * n * (int64_t)sizeof(T),
           all * (n * (int64_t)sizeof(Scalar) + (int64_t)sizeof(RowState<Scalar>))};
@@ -65,7 +63,7 @@ struct Decode {
     group = a.heads / a.kv_heads;
     rows = group * s.queries;
     all_rows = round_up(rows, row_step);
-    n = round_up(a.dim, row_unit<M, T>);
+    n = round_up(a.dim, row_unit<M>);
     words = n / M::step;
     scale = (Scalar)(scaling(a.scale).magnitude * log2_e);
     q = (Word*)scratch;
@@ -117,39 +115,28 @@ MK_INLINE const K* whole_rows(const Decode<T>& t, const K* p, int64_t keys, int6
   return copy;
 }
 
-// Scores of MR rows with `keys` keys, at most width / MR: each dot product is summed across one group of lanes.
+// Scores of MR rows with `keys` keys, at most width / MR: each dot product is summed across one group of lanes. What
+// lies `ahead` elements farther is read next.
 template <class T, int MR, class K>
-MK_INLINE void row_scores(const Decode<T>& t, const K* k, int64_t k_row, int64_t keys, int64_t row, int64_t place) {
+MK_INLINE void row_scores(const Decode<T>& t, const K* k, int64_t k_row, int64_t keys, int64_t row, int64_t place,
+                          int64_t ahead) {
   using M = typename Decode<T>::M;
   constexpr int group = M::width / MR;
-  constexpr int reads = read_vectors<M, T>, more_rows = MR > group, held = more_rows ? group : MR;
   const typename M::Word* q = t.q + row * t.words;
   typename M::Vec dots[M::width] = {};
   const K* from[group];
 #pragma GCC unroll 16
   for (int j = 0; j < group; j++) from[j] = k + least(j, keys - 1) * k_row;
-  // Of the rows and the keys, the fewer stay in registers while the others pass by.
-  for (int64_t w = 0; w < t.words; w += reads * M::width) {
-    typename M::Words hold[held][reads];
+  for (int64_t w = 0; w < t.words; w += M::width) {
+    typename M::Words x[MR];
+#pragma GCC unroll 4
+    for (int r = 0; r < MR; r++) x[r] = load_words<typename M::Words>(q + r * t.words + w);
 #pragma GCC unroll 16
-    for (int i = 0; i < held; i++) {
-      if constexpr (more_rows)
-        row_vectors<M, T>(from[i] + w * M::step, hold[i]);
-      else
-#pragma GCC unroll 2
-        for (int v = 0; v < reads; v++) hold[i][v] = load_words<typename M::Words>(q + i * t.words + w + v * M::width);
-    }
-#pragma GCC unroll 16
-    for (int j = 0; j < M::width / held; j++) {
-      typename M::Words pass[reads];
-      if constexpr (!more_rows) row_vectors<M, T>(from[j] + w * M::step, pass);
-#pragma GCC unroll 2
-      for (int v = 0; v < reads; v++) {
-        typename M::Words x = more_rows ? load_words<typename M::Words>(q + j * t.words + w + v * M::width) : pass[v];
-        in_register(x);
-#pragma GCC unroll 16
-        for (int i = 0; i < held; i++) M::multiply_add(dots[more_rows ? j * group + i : i * group + j], x, hold[i][v]);
-      }
+    for (int j = 0; j < group; j++) {
+      __builtin_prefetch(from[j] + w * M::step + ahead, 0, 2);
+      const typename M::Words y = row_vector<M>(from[j] + w * M::step);
+#pragma GCC unroll 4
+      for (int r = 0; r < MR; r++) M::multiply_add(dots[r * group + j], x[r], y);
     }
   }
   typename M::Scalar sums[M::width];
@@ -159,62 +146,28 @@ MK_INLINE void row_scores(const Decode<T>& t, const K* k, int64_t k_row, int64_t
     __builtin_memcpy(t.scores + (row + r) * score_row<M> + place, sums + r * group, group * sizeof(sums[0]));
 }
 
-// Prefetches row `i` of all heads of the item. K is T or int8.
-template <class K, class T>
-MK_INLINE void fetch(const Decode<T>& t, const char* rows, int64_t row_stride, int64_t head_stride, int64_t i) {
-  constexpr int64_t size = sizeof(K), line = 64;
-  const char* from = rows + (i * row_stride + t.item.head * head_stride) * size;
-  for (int64_t head = 0; head < t.item.heads; head++, from += head_stride * size)
-    for (int64_t at = 0; at < t.a.dim * size; at += line) __builtin_prefetch(from + at, 0, 2);
-}
-
-template <class K, class T>
-MK_INLINE void fetch_value(const Decode<T>& t, const Segment& s, int64_t i) {
-  if (i < s.count) fetch<K>(t, s.span->v, s.span->v_row, s.span->v_head, s.at + i);
-}
-
-// A segment's values are read behind its keys.
-template <class K, class T>
-MK_INLINE void fetch_key(const Decode<T>& t, const Segment& s, int64_t i) {
-  if (i < s.count)
-    fetch<K>(t, s.span->k, s.span->k_row, s.span->k_head, s.at + i);
-  else
-    fetch_value<K>(t, s, i - s.count);
-}
-
-// f(i, keys, head): the heads take turns every `tile` keys. With [slots, heads, dim] in memory that reads it from front
-// to back. ahead(i) prefetches what belongs to key i; the heads share the rows of a tile among them.
-template <class T, class Ahead, class F>
-MK_INLINE void each_tile(const Decode<T>& t, const Segment& s, int64_t tile, Ahead ahead, F f) {
-  const int64_t heads = t.item.heads;
-  for (int64_t i = 0; i < s.count; i += tile)
-    for (int64_t head = 0; head < heads; head++) {
-      for (int64_t j = head * tile / heads; j < (head + 1) * tile / heads; j++) ahead(i + keys_ahead + j);
-      f(i, least(tile, s.count - i), head);
-    }
-}
-
+// The heads take turns every few keys: with [slots, heads, dim] in memory that reads it from front to back.
 template <class T, class K>
 void segment_scores(const Decode<T>& t, const Segment& s) {
   constexpr int width = Decode<T>::M::width;
-  const int64_t tile =
-      t.rows % widest<T> == 1 ? most(key_tile, width) : key_tile;  // one row takes `width` keys at once
-  const auto ahead = [&](int64_t i) { fetch_key<K>(t, s, i); };
-  each_tile(t, s, tile, ahead, [&](int64_t i, int64_t keys, int64_t head) {
-    int64_t k_row = s.span->k_row;
-    const K* k = (const K*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
-    k = whole_rows(t, k, keys, k_row);
-    each_rows(t, [&]<int n>(int64_t row, Number<n>) {
-      for (int64_t j = 0; j < keys; j += width / n)
-        row_scores<T, n>(t, k + j * k_row, k_row, keys - j, head * t.all_rows + row, s.place + i + j);
-    });
-  });
+  const int64_t step = t.rows == 1 ? width : t.rows == 2 ? width / 2 : width / widest<T>;
+  for (int64_t i = 0; i < s.count; i += step) {
+    const int64_t keys = least(step, s.count - i);
+    for (int64_t head = 0; head < t.item.heads; head++) {
+      int64_t k_row = s.span->k_row;
+      const K* k = (const K*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
+      k = whole_rows(t, k, keys, k_row);
+      each_rows(t, [&]<int n>(int64_t row, Number<n>) {
+        row_scores<T, n>(t, k, k_row, keys, head * t.all_rows + row, s.place + i, key_ahead * s.span->k_row);
+      });
+    }
+  }
 }
 
-// acc += P V for MR rows and NV vectors of columns from column d on.
+// acc += P V for MR rows and NV vectors of columns from column d on; `ahead` is the distance in bytes to the next head.
 template <class T, int MR, int NV, class K>
-MK_INLINE void row_values(const Decode<T>& t, const K* v, int64_t v_row, int64_t keys, int64_t row, int64_t place,
-                          int64_t d) {
+MK_INLINE void row_values(const Decode<T>& t, const K* v, int64_t v_row, int64_t ahead, int64_t keys, int64_t row,
+                          int64_t place, int64_t d) {
   using M = typename Decode<T>::M;
   constexpr int64_t p_row = score_row<M>;
   const typename M::Word* p = (const typename M::Word*)(t.scores + row * p_row) + place / M::step;
@@ -222,18 +175,18 @@ MK_INLINE void row_values(const Decode<T>& t, const K* v, int64_t v_row, int64_t
   v += d;
   if constexpr (M::step == 1) {
     multiply<M>(p, p_row, keys, c, [&](int64_t k, int n) {
-      constexpr int reads = read_vectors<M, T>;
-      typename M::Words read[reads];
-      row_vectors<M, T>(v + k * v_row + n / reads * reads * M::width, read);
-      return read[n % reads];
+      const K* from = v + k * v_row + n * M::width;
+      __builtin_prefetch((const char*)from + ahead, 0, 2);
+      return row_vector<M>(from);
     });
   }
 #if MK_BF16
   else {
     const int64_t pairs = keys / 2;
     multiply<M>(p, p_row, pairs, c, [&](int64_t k, int n) {
-      const K* even = v + 2 * k * v_row;
-      return value_pairs(even, even + v_row, n);
+      const K *even = v + 2 * k * v_row, *odd = even + v_row;
+      __builtin_prefetch((const char*)((n % 2 ? odd : even) + n / 2 * 32) + ahead, 0, 2);
+      return value_pairs(even, odd, n);
     });
     if (keys % 2)
       multiply<M>(p + pairs, p_row, 1, c,
@@ -251,30 +204,35 @@ MK_INLINE void row_values(const Decode<T>& t, const K* v, int64_t v_row, int64_t
 }
 
 template <class T, int MR, class K>
-MK_INLINE void all_columns(const Decode<T>& t, const K* v, int64_t v_row, int64_t keys, int64_t row, int64_t place) {
+MK_INLINE void all_columns(const Decode<T>& t, const K* v, int64_t v_row, int64_t ahead, int64_t keys, int64_t row,
+                           int64_t place) {
   using M = typename Decode<T>::M;
   constexpr int64_t wide = strip_vectors * M::width;
   int64_t d = 0;
-  for (; d + wide <= t.n; d += wide) row_values<T, MR, strip_vectors>(t, v, v_row, keys, row, place, d);
+  for (; d + wide <= t.n; d += wide) row_values<T, MR, strip_vectors>(t, v, v_row, ahead, keys, row, place, d);
   if (strip_vectors == 4 && d + 2 * M::width <= t.n) {
-    row_values<T, MR, 2>(t, v, v_row, keys, row, place, d);
+    row_values<T, MR, 2>(t, v, v_row, ahead, keys, row, place, d);
     d += 2 * M::width;
   }
-  if constexpr (row_unit<M, T> == M::width)
-    if (d < t.n) row_values<T, MR, 1>(t, v, v_row, keys, row, place, d);
+  if constexpr (M::step == 1)
+    if (d < t.n) row_values<T, MR, 1>(t, v, v_row, ahead, keys, row, place, d);
 }
 
 template <class T, class K>
 void segment_values(const Decode<T>& t, const Segment& s) {
-  const auto ahead = [&](int64_t i) { fetch_value<K>(t, s, i); };
-  each_tile(t, s, value_tile, ahead, [&](int64_t i, int64_t keys, int64_t head) {
-    int64_t v_row = s.span->v_row;
-    const K* v = (const K*)s.span->v + (s.at + i) * v_row + (t.item.head + head) * s.span->v_head;
-    v = whole_rows(t, v, keys, v_row);
-    each_rows(t, [&]<int n>(int64_t row, Number<n>) {
-      all_columns<T, n>(t, v, v_row, keys, head * t.all_rows + row, s.place + i);
-    });
-  });
+  for (int64_t i = 0; i < s.count; i += value_tile) {
+    const int64_t keys = least(value_tile, s.count - i);
+    for (int64_t head = 0; head < t.item.heads; head++) {
+      int64_t v_row = s.span->v_row;
+      const bool last = head + 1 == t.item.heads;
+      const int64_t ahead = (last ? value_tile * v_row - head * s.span->v_head : s.span->v_head) * (int64_t)sizeof(K);
+      const K* v = (const K*)s.span->v + (s.at + i) * v_row + (t.item.head + head) * s.span->v_head;
+      v = whole_rows(t, v, keys, v_row);
+      each_rows(t, [&]<int n>(int64_t row, Number<n>) {
+        all_columns<T, n>(t, v, v_row, ahead, keys, head * t.all_rows + row, s.place + i);
+      });
+    }
+  }
 }
 
 // The scales of a head's keys, 1 where there is none. Between the segments, where probabilities are 0, anything finite.
@@ -315,28 +273,13 @@ void softmax(const Decode<T>& t, int64_t head, int64_t row) {
   softmax_row<M>(scores, (typename M::Word*)scores, n, t.scale, t.states[index], t.codes ? t.v_scale : nullptr);
 }
 
-using Order = Count<lanes>::type;
-
-template <class F>
-MK_INLINE void each_two(float* p, int64_t n, F f) {
-  for (int64_t i = 0; i < n; i += 2 * lanes) {
-    vf a = load_words<vf>(p + i), b = load_words<vf>(p + i + lanes);
-    f(a, b);
-    store_words(p + i, a);
-    store_words(p + i + lanes, b);
-  }
-}
-
 template <class T>
 void start(const Decode<T>& t) {
   using M = typename Decode<T>::M;
   for (int64_t i = 0; i < t.item.heads * t.all_rows; i++) {
     const int64_t row = least(i % t.all_rows, t.rows - 1), q_head = (t.item.head + i / t.all_rows) * t.group;
     const T* q = (const T*)t.s.q + row / t.group * t.a.q_row + (q_head + row % t.group) * t.a.q_head;
-    typename M::Word* words = t.q + i * t.words;
-    for (int64_t w = query_words<M>(t.a.dim); w < t.words; w++) words[w] = 0;
-    pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, words);
-    if constexpr (read_vectors<M, T> == 2) each_two(words, t.n, [](vf& a, vf& b) { separate(a, b, Order()); });
+    pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + i * t.words);
     for (int64_t d = 0; d < t.n; d += M::width) store_words(t.acc + i * t.n + d, typename M::Vec{});
   }
 }
@@ -371,7 +314,6 @@ void join_row(const Decode<T>& t, int64_t index, int64_t count, T* out, typename
       store_words(acc + d, load_words<Vec>(acc + d) * before + load_words<Vec>(more + d) * after);
     state = {top, state.sum * before + next.sum * after};
   }
-  if constexpr (read_vectors<M, T> == 2) each_two(acc, t.n, [](vf& a, vf& b) { interleave(a, b, Order()); });
   finish_row<M>(t.a, acc, state, out, lse);
 }
 

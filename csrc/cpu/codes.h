@@ -39,42 +39,6 @@ MK_INLINE typename M::Words row_vector(const int8_t* p) {
   }
 }
 
-template <class M, class T>
-MK_INLINE void row_vectors(const int8_t* p, typename M::Words (&out)[1]) {
-  out[0] = row_vector<M>(p);
-}
-
-template <class V, int... I>
-MK_INLINE V odd_behind_even(V v, Indices<I...>) {
-  constexpr int half = sizeof...(I) / 2;
-  return __builtin_shufflevector(v, v, (I < half ? 2 * I : 2 * (I - half) + 1)...);
-}
-
-template <class M, class T>
-MK_INLINE void row_vectors(const int8_t* p, vf (&out)[2]) {
-  typedef int8_t Codes __attribute__((vector_size(2 * MK_LANES)));
-  int8_t codes[2 * lanes];
-  store_words(codes, odd_behind_even(load_words<Codes>(p), typename Count<2 * lanes>::type()));
-  out[0] = code_floats(codes);
-  out[1] = code_floats(codes + lanes);
-}
-
-// Floats in the order of memory to that order, and back.
-template <int... I>
-MK_INLINE void separate(vf& a, vf& b, Indices<I...>) {
-  const vf even = __builtin_shufflevector(a, b, 2 * I...);
-  b = __builtin_shufflevector(a, b, (2 * I + 1)...);
-  a = even;
-}
-
-template <int... I>
-MK_INLINE void interleave(vf& a, vf& b, Indices<I...>) {
-  constexpr int n = sizeof...(I);
-  const vf low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * n)...);
-  b = __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...);
-  a = low;
-}
-
 #if MK_BF16
 // Two keys' values as pairs, the nth vector of columns; `odd` may be null for zeros.
 MK_INLINE vu value_pairs(const bf16* even, const bf16* odd, int n) {
