@@ -169,7 +169,7 @@ class Op:
         self._transformed: dict[Any, Any] = {}
         self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
-        # Not the whole dispatcher but the one kernel, which takes a third of the time (Zen 5).
+        # The kernel alone: for a short call the whole dispatcher is the longer way.
         self._cpu_kernel = functools.partial(self._auto._handle.redispatch_boxed, CPU) if self.compiled else None
         if not self.compiled:
             _library.library.impl(self.name, self._torch, "CPU")
