@@ -26,23 +26,27 @@ ROOT = Path(__file__).parent
 LIBRARY = "libmistral_kernels.so"
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11 and later
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512"
+AVX512_BF16 = AVX512 + " -mavx512bf16 -mavx512vnni"
 # Instruction set: (float lanes of a vector, flags). Chosen once at run time, the last that the processor has.
 X86_TIERS = {
     "base": (4, ""),
     "avx2": (8, "-mavx2 -mfma -mf16c -mbmi2"),
     "avx512": (16, AVX512),
-    "avx512bf16": (16, AVX512 + " -mavx512bf16 -mavx512vnni"),
+    "avx512bf16": (16, AVX512_BF16),
+    "amx": (16, AVX512_BF16 + " -mamx-tile -mamx-bf16 -mamx-int8"),
 }
+# The files with kernels for the matrix unit of the tier "amx"; those of the others are the tier before's.
+MATRIX_SOURCES = {"attention", "attention_backward", "int8_product", "linear_cross_entropy"}
 OTHER_TIERS = {"base": (4, "")}
 # -ffp-contract=fast lets a*b+c become one FMA; -fno-math-errno and -fno-trapping-math free the vectoriser.
-# g++ 12 takes the undefined vectors in its own immintrin.h for maybe-uninitialized.
+# g++ 12 takes the undefined vectors in its own immintrin.h for uninitialized.
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 # Machine code for the A100 and the H100, and PTX from which the driver makes it for what comes after them.
 CUDA_ARCHS = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
 # Kernels named hopper_* use instructions that only this one architecture has.
 HOPPER_ARCHS = "-gencode arch=compute_90a,code=sm_90a"
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
-WARNINGS = "-Wall -Wextra -Wno-maybe-uninitialized"
+WARNINGS = "-Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
 
 
 def find_torch() -> Path | None:
@@ -132,7 +136,10 @@ def ninja_file(torch: Path, cuda: Path | None, folder: Path, output: Path, sanit
 
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         for tier, (lanes, extra) in tiers.items():
-            defines = f"-DMK_ISA={tier} -DMK_LANES={lanes} -DMK_BF16={int(tier == 'avx512bf16')} {extra}"
+            if tier == "amx" and source.stem not in MATRIX_SOURCES:
+                continue
+            bf16, matrices = tier in ("avx512bf16", "amx"), tier == "amx"
+            defines = f"-DMK_ISA={tier} -DMK_LANES={lanes} -DMK_BF16={int(bf16)} -DMK_AMX={int(matrices)} {extra}"
             add(source, f"cpu_{source.stem}_{tier}", defines, f"csrc/cpu/{source.name} for {tier}")
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if cuda else ():
         archs = HOPPER_ARCHS if source.stem.startswith("hopper_") else CUDA_ARCHS

@@ -302,7 +302,7 @@ def test_threads_and_layouts_change_nothing(tier, dtype):
     labels, seed = torch.arange(203) * 4, fill((203,)).float()
     wide_hidden, wide_weight = torch.full((203, 90), torch.nan).to(dtype), torch.full((1003, 80), torch.nan).to(dtype)
     wide_hidden[:, 5:80], wide_weight[:, 3:78] = hidden, weight
-    own = tier == "avx512bf16" and dtype == torch.bfloat16
+    own = tier in ("avx512bf16", "amx") and dtype == torch.bfloat16
     layouts = (
         (hidden, weight),
         (wide_hidden[:, 5:80], wide_weight[:, 3:78]),

@@ -8,7 +8,7 @@ namespace mk::MK_ISA {
 namespace {
 
 template <class M>
-constexpr int64_t block_keys = 512 / (sizeof(typename M::Word) / M::step / 2);
+constexpr int64_t block_keys = by_matrices<M> ? 256 : 512 / (sizeof(typename M::Word) / M::step / 2);
 
 template <class M>
 MK_INLINE int64_t key_panel_words(int64_t dim) {
@@ -45,20 +45,23 @@ struct Tile {
   const Attention& a;
   const AttentionSequence& s;
   const Word *k, *v;                // the panels of this sequence and KV head
-  Scalar *scores, *acc;             // [strip_rows][block_keys], [rows][value columns]
+  Scalar *scores, *acc;             // [rows_of_strip][block_keys], [rows][value columns]
   RowState<Scalar>* states;         // [rows]
-  Word *probabilities, *q;          // [strip_rows][block_keys / step], [rows][key words]
+  Word *probabilities, *q;          // [rows_of_strip][block_keys / step], [rows][key words]
+  int64_t head_rows;                // of each head, those past the queries without meaning
   int64_t q_words, q_row, columns;  // q_row: q_words to the next whole vector
   Scalar scale;
 
   static int64_t bytes(int64_t dim, int64_t rows) {
-    const int64_t strip = strip_rows * block_keys<M>;
+    const int64_t strip = rows_of_strip<M> * block_keys<M>;
+    rows += tile_heads * (rows_unit<M> - 1);
     return (strip + rows * value_columns<M>(dim)) * sizeof(Scalar) + rows * sizeof(RowState<Scalar>) +
            (strip + rows * query_words<M>(dim)) * sizeof(Word);
   }
 
   Tile(const Attention& a, const AttentionItem& item, char* scratch) : a(a), s(a.sequences[item.sequence]) {
-    const int64_t rows = item.heads * (item.last - item.first), strip = strip_rows * block_keys<M>;
+    head_rows = round_up(item.last - item.first, rows_unit<M>);
+    const int64_t rows = item.heads * head_rows, strip = rows_of_strip<M> * block_keys<M>;
     q_words = key_words<M>(a.dim);
     q_row = query_words<M>(a.dim);
     columns = value_columns<M>(a.dim);
@@ -112,13 +115,38 @@ MK_INLINE void strip_values(const Tile<M>& t, int64_t row, int64_t key, int64_t 
     }
 }
 
+// Scores become probabilities for `count` rows; factors[r] is that for what was summed before. Returns whether nothing
+// was.
+template <class M>
+MK_INLINE bool strip_softmax(const Tile<M>& t, int64_t count, int64_t row, int64_t query, int64_t first, int64_t last,
+                             typename M::Scalar* factors) {
+  const int64_t base = t.s.first_key + first;
+  bool fresh = true;
+  for (int64_t r = 0; r < count; r++) {
+    fresh &= t.states[row + r].top == -INFINITY;
+    typename M::Scalar* scores = t.scores + r * block_keys<M>;
+    mask_row<M>(scores, last - first, first_visible(t.a, t.s, query + r) - base,
+                end_visible(t.a, t.s, query + r) - base);
+    factors[r] = softmax_row<M>(scores, t.probabilities + r * (block_keys<M> / M::step), last - first, t.scale,
+                                t.states[row + r]);
+  }
+  return fresh;
+}
+
+// Of the keys [first, last) those that any of `rows` queries from `query` on sees, to whole units of both ends.
+template <class M>
+MK_INLINE void narrow_keys(const Tile<M>& t, int64_t rows, int64_t query, int64_t& first, int64_t& last) {
+  constexpr int64_t unit = 2 * M::width;
+  const int64_t base = t.s.first_key;
+  first = most(first, round_down(most(first_visible(t.a, t.s, query) - base, 0), unit));
+  last = least(last, round_up(end_visible(t.a, t.s, query + rows - 1) - base, unit));
+}
+
 // MR rows, which are the queries from `query` on, over the keys [first, last) as far as any of them sees those.
 template <class M, int MR>
 void strip(const Tile<M>& t, int64_t row, int64_t query, int64_t first, int64_t last) {
   constexpr int64_t n = strip_vectors * M::width, half = 2 * M::width;
-  const int64_t base = t.s.first_key;
-  first = most(first, round_down(most(first_visible(t.a, t.s, query) - base, 0), half));
-  last = least(last, round_up(end_visible(t.a, t.s, query + MR - 1) - base, half));
+  narrow_keys(t, MR, query, first, last);
   if (first >= last) return;
   for (int64_t key = first; key < last;) {
     if (strip_vectors == 4 && (key % n || last - key < n)) {
@@ -130,16 +158,7 @@ void strip(const Tile<M>& t, int64_t row, int64_t query, int64_t first, int64_t 
     }
   }
   typename M::Scalar factors[MR];
-  bool fresh = true;
-  for (int r = 0; r < MR; r++) {
-    fresh &= t.states[row + r].top == -INFINITY;
-    typename M::Scalar* scores = t.scores + r * block_keys<M>;
-    mask_row<M>(scores, last - first, first_visible(t.a, t.s, query + r) - base - first,
-                end_visible(t.a, t.s, query + r) - base - first);
-    factors[r] = softmax_row<M>(scores, t.probabilities + r * (block_keys<M> / M::step), last - first, t.scale,
-                                t.states[row + r]);
-  }
-  const typename M::Scalar* factor = fresh ? nullptr : factors;
+  const typename M::Scalar* factor = strip_softmax(t, MR, row, query, first, last, factors) ? nullptr : factors;
   int64_t d = 0;
   for (; d + n <= t.columns; d += n) strip_values<M, MR, strip_vectors>(t, row, first, last - first, d, factor);
   if (strip_vectors == 4 && d + half <= t.columns) {
@@ -149,8 +168,51 @@ void strip(const Tile<M>& t, int64_t row, int64_t query, int64_t first, int64_t 
   if (d < t.columns) strip_values<M, MR, 1>(t, row, first, last - first, d, factor);
 }
 
+#if MK_AMX
+
+// acc = factor * acc + P V for NT times 16 columns from `d` on.
+template <class M, int MT, int NT>
+MK_INLINE void matrix_values(const Tile<M>& t, int64_t count, int64_t row, int64_t key, int64_t keys, int64_t d,
+                             const float* factor) {
+  alignas(64) float sums[MT * matrix_rows][NT * lanes];
+  multiply_matrices<false, MT, NT>(t.probabilities, block_keys<M> * 2, t.v + key / 2 * t.columns + d, t.columns * 4,
+                                   keys / 32, sums, sizeof sums[0], true);
+  for (int64_t r = 0; r < count; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NT; n++) {
+      float* acc = t.acc + (row + r) * t.columns + d + n * lanes;
+      const vf sum = load_words<vf>(sums[r] + n * lanes);
+      store_words(acc, factor ? load_words<vf>(acc) * factor[r] + sum : sum);
+    }
+}
+
+// The same as strip() for `count` of 16 MT rows.
+template <class M, int MT>
+void matrix_strip(const Tile<M>& t, int64_t count, int64_t row, int64_t query, int64_t first, int64_t last) {
+  constexpr int64_t n = panel_keys<M>;
+  narrow_keys(t, count, query, first, last);
+  if (first >= last) return;
+  for (int64_t key = first; key < last; key += 2 * lanes)
+    multiply_matrices<false, MT, 2>(t.q + row * t.q_row, t.q_row * 4, t.k + key / n * n * t.q_words + key % n, n * 4,
+                                    t.q_words / matrix_words, t.scores + key - first, block_keys<M> * 4, true);
+  float factors[MT * matrix_rows];
+  const float* factor = strip_softmax(t, count, row, query, first, last, factors) ? nullptr : factors;
+  int64_t d = 0;
+  for (; d + 2 * lanes <= t.columns; d += 2 * lanes)
+    matrix_values<M, MT, 2>(t, count, row, first, last - first, d, factor);
+  if (d < t.columns) matrix_values<M, MT, 1>(t, count, row, first, last - first, d, factor);
+}
+
+#endif
+
 template <class M>
 void any_strip(const Tile<M>& t, int64_t rows, int64_t row, int64_t query, int64_t first, int64_t last) {
+#if MK_AMX
+  if constexpr (by_matrices<M>) {
+    if (rows > matrix_rows) return matrix_strip<M, 2>(t, rows, row, query, first, last);
+    return matrix_strip<M, 1>(t, rows, row, query, first, last);
+  }
+#endif
   switch (rows) {
     case 1:
       return strip<M, 1>(t, row, query, first, last);
@@ -171,7 +233,7 @@ template <class M, class T>
 void start_tile(Tile<M>& t, const AttentionItem& item, int64_t rows) {
   for (int64_t head = 0; head < item.heads; head++)
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t row = head * rows + i;
+      const int64_t row = head * t.head_rows + i;
       const T* q = (const T*)t.s.q + (item.first + i) * t.a.q_row + (item.head + head) * t.a.q_head;
       pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + row * t.q_row);
       t.states[row] = {-INFINITY, 0};
@@ -183,7 +245,7 @@ void finish_tile(const Tile<M>& t, const AttentionItem& item, int64_t rows) {
   using Scalar = typename M::Scalar;
   for (int64_t head = 0; head < item.heads; head++)
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t row = head * rows + i, query = item.first + i;
+      const int64_t row = head * t.head_rows + i, query = item.first + i;
       T* out = (T*)t.s.out + query * t.a.out_row + (item.head + head) * t.a.out_head;
       Scalar* lse = t.s.lse ? (Scalar*)t.s.lse + (item.head + head) * t.a.lse_head + query : nullptr;
       finish_row<M>(t.a, t.acc + row * t.columns, t.states[row], out, lse);
@@ -194,14 +256,18 @@ template <class T>
 void tile(const Attention& a, const AttentionItem& item, char* scratch) {
   using M = typename ArithmeticOf<T>::type;
   Tile<M> t(a, item, scratch);
+#if MK_AMX
+  const Matrices matrices;
+#endif
   const int64_t rows = item.last - item.first;
   start_tile<M, T>(t, item, rows);
   const int64_t first = round_down(most(first_visible(a, t.s, item.first) - t.s.first_key, 0), panel_keys<M>);
   const int64_t last = end_visible(a, t.s, item.last - 1) - t.s.first_key;
   for (int64_t key = first; key < last; key += block_keys<M>)
     for (int64_t head = 0; head < item.heads; head++)
-      for (int64_t i = 0; i < rows; i += strip_rows)
-        any_strip(t, least(strip_rows, rows - i), head * rows + i, item.first + i, key, key + block_keys<M>);
+      for (int64_t i = 0; i < rows; i += rows_of_strip<M>)
+        any_strip(t, least(rows_of_strip<M>, rows - i), head * t.head_rows + i, item.first + i, key,
+                  key + block_keys<M>);
   finish_tile<M, T>(t, item, rows);
 }
 

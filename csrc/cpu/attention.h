@@ -99,5 +99,5 @@ static inline int64_t end_visible(const Attention& a, const AttentionSequence& s
 
 }  // namespace mk
 
-MK_KERNELS(AttentionKernels, attention)
+MK_MATRIX_KERNELS(AttentionKernels, attention)
 MK_KERNELS(DecodeKernels, attention_decode)

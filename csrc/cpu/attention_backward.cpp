@@ -9,7 +9,7 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t sum_keys = 512;  // float32 sums over keys are no longer than this
+constexpr int64_t keys_of_sum = 512;  // float32 sums over keys are no longer than this
 
 template <class T>
 struct Task {
@@ -24,10 +24,10 @@ struct Task {
   int64_t kv_head, words, row_words, columns, start, keys, span;
   Word *k_panels, *v_panels, *k_rows;  // K and V as columns of scores, K as rows
   Word *q, *dout;                      // [rows][row_words]
-  Word *q_rows, *dout_rows;            // [rows / step][columns]
+  Word *q_rows, *dout_rows;            // [rows / step][columns]; where the matrix unit multiplies, [columns][rows]
   Word *p, *ds;                        // [rows / step][span]
-  Word* strip_ds;                      // [strip_rows][span / step]
-  Scalar *scores, *dp, *dq;            // [strip_rows][span], twice, and [strip_rows][columns]
+  Word* strip_ds;                      // [rows_of_strip][span / step]
+  Scalar *scores, *dp, *dq;            // [rows_of_strip][span], twice, and [rows_of_strip][columns]
   int64_t bytes;
 
   // Keys count from `start`, a whole panel; a tile's from its own first panel on.
@@ -54,14 +54,15 @@ struct Task {
     take(dout_rows, g.rows / M::step * columns);
     take(p, g.rows / M::step * span);
     take(ds, g.rows / M::step * span);
-    take(strip_ds, strip_rows * span / M::step);
-    take(scores, strip_rows * span);
-    take(dp, strip_rows * span);
-    take(dq, strip_rows * columns);
+    take(strip_ds, rows_of_strip<M> * span / M::step);
+    take(scores, rows_of_strip<M> * span);
+    take(dp, rows_of_strip<M> * span);
+    take(dq, rows_of_strip<M> * columns);
     bytes = at - scratch;
   }
 
-  int64_t sum_rows() const { return keys + strip_rows; }
+  // Keys of the sums: [sum_keys()][columns], or [columns][sum_keys()] where the matrix unit multiplies.
+  int64_t sum_keys() const { return keys + (by_matrices<M> ? lanes : strip_rows); }
 };
 
 // Queries [first, first + count) of a head, and their keys [base, end), which count from the task's start.
@@ -144,8 +145,8 @@ void all_products(const typename M::Word* row, int64_t row_words, int64_t words,
 // f(j) for the vectors of each block of keys, and end_block() behind each.
 template <class M, class F, class End>
 MK_INLINE void each_vector(int64_t n, F f, End end_block) {
-  for (int64_t block = 0; block < n; block += sum_keys) {
-    for (int64_t j = block; j < least(n, block + sum_keys); j += M::width) f(j);
+  for (int64_t block = 0; block < n; block += keys_of_sum) {
+    for (int64_t j = block; j < least(n, block + keys_of_sum); j += M::width) f(j);
     end_block();
   }
 }
@@ -270,20 +271,32 @@ MK_INLINE void each_columns(int64_t columns, F f) {
   if (d < columns) f(d, Vectors<1>());
 }
 
-template <class T, int MR>
-void strip(const Task<T>& t, const Tile& tile, int64_t row) {
+// Keys [first, last) of a tile that count from the task's start, in units of two vectors.
+struct Keys {
+  int64_t first, last;
+};
+
+// Those that any of `count` rows sees.
+template <class T>
+MK_INLINE Keys keys_of_strip(const Task<T>& t, const Tile& tile, int64_t row, int64_t count) {
+  constexpr int64_t unit = 2 * Task<T>::M::width;
+  const int64_t query = tile.first + row;
+  const int64_t seen = round_down(most(first_visible(t.a, t.s, query) - t.start, 0), unit);
+  const int64_t first = least(tile.end, most(tile.base, seen));
+  const int64_t end = round_up(end_visible(t.a, t.s, query + count - 1) - t.start, unit);
+  return {first, most(first, least(tile.end, end))};
+}
+
+// Of `count` rows' scores and dp: dS as rows, and both P and dS as pairs of rows.
+template <class T>
+MK_INLINE void strip_gradients(const Task<T>& t, const Tile& tile, int64_t row, int64_t count, Keys keys) {
   using M = typename Task<T>::M;
   using Scalar = typename M::Scalar;
   constexpr int64_t half = 2 * M::width;
-  const int64_t query = tile.first + row, span = t.span;
-  const int64_t seen = round_down(most(first_visible(t.a, t.s, query) - t.start, 0), half);
-  const int64_t first = least(tile.end, most(tile.base, seen));
-  const int64_t end = round_up(end_visible(t.a, t.s, query + MR - 1) - t.start, half);
-  const int64_t last = most(first, least(tile.end, end)), n = last - first, width = tile.end - tile.base;
-  all_products<M, MR>(t.q + row * t.row_words, t.row_words, t.words, t.k_panels, first, last, t.scores, span);
-  all_products<M, MR>(t.dout + row * t.row_words, t.row_words, t.words, t.v_panels, first, last, t.dp, span);
+  const int64_t query = tile.first + row, span = t.span, first = keys.first, last = keys.last, n = last - first;
+  const int64_t width = tile.end - tile.base;
   const Scalar scale = (Scalar)(scaling(t.a.scale).magnitude * log2_e);
-  for (int r = 0; r < MR && n; r++) {
+  for (int r = 0; r < count && n; r++) {
     const Scalar* dlse = (const Scalar*)t.d.dlse + tile.head * t.g.dlse_head + (query + r) * t.g.dlse_row;
     mask_row<M>(t.scores + r * span, n, first_visible(t.a, t.s, query + r) - t.start - first,
                 end_visible(t.a, t.s, query + r) - t.start - first);
@@ -292,23 +305,41 @@ void strip(const Task<T>& t, const Tile& tile, int64_t row) {
       store_probabilities<M>(t.strip_ds + (r * span + j) / M::step, load_words<typename M::Vec>(t.dp + r * span + j),
                              load_words<typename M::Vec>(t.dp + r * span + j + M::width));
   }
-  for (int r = 0; r < MR; r += M::step) {
-    const int64_t at = (row + r) / M::step * span, next = r + 1 < MR ? span : 0;
+  for (int r = 0; r < count; r += M::step) {
+    const int64_t at = (row + r) / M::step * span, next = r + 1 < count ? span : 0;
     const Scalar *p = t.scores + r * span, *ds = t.dp + r * span;
     store_pairs<M>(p, next ? p + next : nullptr, first - tile.base, last - tile.base, width, t.p + at);
     store_pairs<M>(ds, next ? ds + next : nullptr, first - tile.base, last - tile.base, width, t.ds + at);
   }
-  for (int64_t key = 0; key == 0 || key < n; key += sum_keys)
-    each_columns<M>(t.columns, [&]<int NV>(int64_t d, Vectors<NV>) {
-      add_columns<M, MR, NV>(t.strip_ds + key / M::step, span / M::step, most(least(sum_keys, n - key), 0) / M::step,
-                             t.k_rows + (first + key) / M::step * t.columns + d, t.columns, key == 0, t.dq + d);
-    });
-  for (int r = 0; r < MR; r++) {
-    T* out = (T*)t.s.out + (query + r) * t.a.out_row + tile.head * t.a.out_head;
+}
+
+template <class T>
+MK_INLINE void store_dq(const Task<T>& t, const Tile& tile, int64_t row, int64_t count) {
+  using M = typename Task<T>::M;
+  using Scalar = typename M::Scalar;
+  for (int r = 0; r < count; r++) {
+    T* out = (T*)t.s.out + (tile.first + row + r) * t.a.out_row + tile.head * t.a.out_head;
     for (int64_t d = 0; d < t.a.dim; d += M::width)
       store_n(out + d, load_words<typename M::Vec>(t.dq + r * t.columns + d) * (Scalar)t.a.scale,
               least(M::width, t.a.dim - d));
   }
+}
+
+template <class T, int MR>
+void strip(const Task<T>& t, const Tile& tile, int64_t row) {
+  using M = typename Task<T>::M;
+  const int64_t span = t.span;
+  const Keys keys = keys_of_strip(t, tile, row, MR);
+  const int64_t first = keys.first, last = keys.last, n = last - first;
+  all_products<M, MR>(t.q + row * t.row_words, t.row_words, t.words, t.k_panels, first, last, t.scores, span);
+  all_products<M, MR>(t.dout + row * t.row_words, t.row_words, t.words, t.v_panels, first, last, t.dp, span);
+  strip_gradients(t, tile, row, MR, keys);
+  for (int64_t key = 0; key == 0 || key < n; key += keys_of_sum)
+    each_columns<M>(t.columns, [&]<int NV>(int64_t d, Vectors<NV>) {
+      add_columns<M, MR, NV>(t.strip_ds + key / M::step, span / M::step, most(least(keys_of_sum, n - key), 0) / M::step,
+                             t.k_rows + (first + key) / M::step * t.columns + d, t.columns, key == 0, t.dq + d);
+    });
+  store_dq(t, tile, row, MR);
 }
 
 template <class T>
@@ -352,6 +383,107 @@ void add_key_gradients(const Task<T>& t, const Tile& tile, typename Task<T>::Sca
   }
 }
 
+#if MK_AMX
+
+// out = rows . panels for 16 MT rows and the keys [first, last).
+template <class M, int MT>
+MK_INLINE void matrix_products(const Task<bf16>& t, const uint32_t* rows, const uint32_t* panels, Keys keys,
+                               float* out) {
+  constexpr int64_t n = panel_keys<M>;
+  for (int64_t key = keys.first; key < keys.last; key += 2 * lanes)
+    multiply_matrices<false, MT, 2>(rows, t.row_words * 4, panels + key / n * n * t.words + key % n, n * 4,
+                                    t.words / matrix_words, out + key - keys.first, t.span * 4, true);
+}
+
+// f(column, how many registers) over all columns.
+template <class F>
+MK_INLINE void each_matrix(int64_t columns, F f) {
+  int64_t d = 0;
+  for (; d + 2 * lanes <= columns; d += 2 * lanes) f(d, Vectors<2>());
+  if (d < columns) f(d, Vectors<1>());
+}
+
+// The same as strip() for `count` of 16 MT rows.
+template <int MT>
+void matrix_strip(const Task<bf16>& t, const Tile& tile, int64_t row, int64_t count) {
+  using M = PairsBf16;
+  const Keys keys = keys_of_strip(t, tile, row, count);
+  matrix_products<M, MT>(t, t.q + row * t.row_words, t.k_panels, keys, t.scores);
+  matrix_products<M, MT>(t, t.dout + row * t.row_words, t.v_panels, keys, t.dp);
+  strip_gradients(t, tile, row, count, keys);
+  each_matrix(t.columns, [&]<int NT>(int64_t d, Vectors<NT>) {
+    multiply_matrices<false, MT, NT>(t.strip_ds, t.span * 2, t.k_rows + keys.first / 2 * t.columns + d, t.columns * 4,
+                                     (keys.last - keys.first) / 32, t.dq + d, t.columns * 4, true);
+  });
+  store_dq(t, tile, row, count);
+}
+
+// dk and dv, transposed, of the tile's keys, from the rows that see them; past the last query rows are zeros.
+void add_matrix_gradients(const Task<bf16>& t, const Tile& tile, float* dk, float* dv) {
+  const int64_t offset = t.s.keys - t.s.queries + tile.first - t.start, sums = t.sum_keys();
+  for (int64_t key = tile.base; key < tile.end; key += 2 * lanes) {
+    int64_t first = 0, last = tile.count;
+    if (t.a.causal) {
+      first = most(0, key - offset);
+      if (t.a.window) last = least(last, key + 2 * lanes - 1 - offset + t.a.window);
+    }
+    first = round_down(first, 32);
+    const int64_t steps = (last - first + 31) / 32, at = first / 2 * t.span + key - tile.base;
+    if (first >= last) continue;
+    each_matrix(t.columns, [&]<int MT>(int64_t d, Vectors<MT>) {
+      const int64_t from = (d * t.g.rows + first) / 2, to = d * sums + key;
+      multiply_matrices<false, MT, 2>(t.dout_rows + from, t.g.rows * 2, t.p + at, t.span * 4, steps, dv + to, sums * 4,
+                                      false);
+      multiply_matrices<false, MT, 2>(t.q_rows + from, t.g.rows * 2, t.ds + at, t.span * 4, steps, dk + to, sums * 4,
+                                      false);
+    });
+  }
+}
+
+// [rows][words] of pairs to [columns][rows] of bf16.
+void transpose_rows(const Task<bf16>& t, int64_t rows, const uint32_t* from, uint32_t* to_words) {
+  bf16* to = (bf16*)to_words;
+  for (int64_t i = 0; i < rows; i += lanes)
+    for (int64_t w = 0; 2 * w < t.columns; w += lanes) {
+      vu x[lanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; r++) x[r] = load_words<vu>(from + (i + r) * t.row_words + w);
+      transpose(x);
+      for (int64_t j = 0; j < lanes && 2 * (w + j) < t.columns; j++) {
+        store_words(to + 2 * (w + j) * t.g.rows + i, narrow(x[j]));
+        store_words(to + (2 * (w + j) + 1) * t.g.rows + i, narrow(x[j] >> 16));
+      }
+    }
+}
+
+void run_matrix_tile(const Task<bf16>& t, const Tile& tile, float* dk, float* dv) {
+  const int64_t rows = round_up(tile.count, 32), more = rows - tile.count, head = tile.head;
+  const bf16* q = (const bf16*)t.s.q + tile.first * t.a.q_row + head * t.a.q_head;
+  const bf16* dout = (const bf16*)t.d.dout + tile.first * t.g.dout_row + head * t.g.dout_head;
+  for (int64_t i = 0; i < tile.count; i++) {
+    pack_query<PairsBf16>(q + i * t.a.q_row, t.a.dim, scaling(t.a.scale).sign, t.q + i * t.row_words);
+    pack_query<PairsBf16>(dout + i * t.g.dout_row, t.a.dim, 1, t.dout + i * t.row_words);
+  }
+  __builtin_memset(t.q + tile.count * t.row_words, 0, more * t.row_words * 4);
+  __builtin_memset(t.dout + tile.count * t.row_words, 0, more * t.row_words * 4);
+  transpose_rows(t, rows, t.q, t.q_rows);
+  transpose_rows(t, rows, t.dout, t.dout_rows);
+  for (int64_t row = 0; row < tile.count; row += 32) {
+    const int64_t count = least(32, tile.count - row);
+    if (count > matrix_rows)
+      matrix_strip<2>(t, tile, row, count);
+    else
+      matrix_strip<1>(t, tile, row, count);
+  }
+  for (int64_t k = (tile.count + 1) / 2; k < rows / 2; k++) {
+    __builtin_memset(t.p + k * t.span, 0, (tile.end - tile.base) * 4);
+    __builtin_memset(t.ds + k * t.span, 0, (tile.end - tile.base) * 4);
+  }
+  add_matrix_gradients(t, tile, dk, dv);
+}
+
+#endif
+
 template <class T>
 void run_tile(const Task<T>& t, const Tile& tile, typename Task<T>::Scalar* dk, typename Task<T>::Scalar* dv) {
   using M = typename Task<T>::M;
@@ -372,8 +504,11 @@ void run(const AttentionGradients& g, const GradientTask& task, char* scratch, c
   using M = typename Task<T>::M;
   using Scalar = typename M::Scalar;
   const Task<T> t(g, task.sequence, task.kv_head, scratch);
-  Scalar *dk = (Scalar*)sums, *dv = dk + t.sum_rows() * t.columns;
-  __builtin_memset(sums, 0, 2 * t.sum_rows() * t.columns * sizeof(Scalar));
+#if MK_AMX
+  const Matrices matrices;
+#endif
+  Scalar *dk = (Scalar*)sums, *dv = dk + t.sum_keys() * t.columns;
+  __builtin_memset(sums, 0, 2 * t.sum_keys() * t.columns * sizeof(Scalar));
   pack_keys_of(t);
   const int64_t group = t.a.heads / t.a.kv_heads;
   for (int64_t first = task.part * g.rows; first < t.s.queries; first += task.parts * g.rows) {
@@ -381,26 +516,55 @@ void run(const AttentionGradients& g, const GradientTask& task, char* scratch, c
     const int64_t from = most(first_visible(t.a, t.s, first) - t.start, 0);
     tile.base = least(round_down(from, panel_keys<M>), t.keys);
     tile.end = most(tile.base, round_up(end_visible(t.a, t.s, first + tile.count - 1) - t.start, 2 * M::width));
-    for (tile.head = task.kv_head * group; tile.head < (task.kv_head + 1) * group; tile.head++)
+    for (tile.head = task.kv_head * group; tile.head < (task.kv_head + 1) * group; tile.head++) {
+#if MK_AMX
+      if constexpr (by_matrices<M>) {
+        run_matrix_tile(t, tile, dk, dv);
+        continue;
+      }
+#endif
       run_tile(t, tile, dk, dv);
+    }
   }
+}
+
+// One key's sums of `lanes` columns over all parts, or where the matrix unit multiplies one column's of `lanes` keys.
+template <class M>
+MK_INLINE typename M::Vec sum_of_parts(const char* sums, int64_t parts, int64_t sums_bytes, int64_t at) {
+  typename M::Vec v = {};
+  for (int64_t p = 0; p < parts; p++)
+    v += load_words<typename M::Vec>((const typename M::Scalar*)(sums + p * sums_bytes) + at);
+  return v;
 }
 
 template <class T>
 void finish(const AttentionGradients& g, const GradientTask& task, char* sums, int64_t sums_bytes) {
   using M = typename Task<T>::M;
   using Scalar = typename M::Scalar;
+  using Vec = typename M::Vec;
   const Task<T> t(g, task.sequence, task.kv_head, nullptr);
-  const int64_t row = t.a.kv_heads * t.a.dim, second = t.sum_rows() * t.columns;
-  for (int64_t key = 0; key < t.s.keys; key++)
-    for (int which = 0; which < 2; which++) {
-      T* out = (T*)(which ? t.d.dv : t.d.dk) + key * row + task.kv_head * t.a.dim;
-      for (int64_t d = 0; d < t.a.dim; d += M::width) {
-        typename M::Vec v = {};
-        for (int64_t p = 0; p < task.parts && key >= t.start; p++)
-          v += load_words<typename M::Vec>((const Scalar*)(sums + p * sums_bytes) + which * second +
-                                           (key - t.start) * t.columns + d);
-        store_n(out + d, which ? v : v * (Scalar)t.a.scale, least(M::width, t.a.dim - d));
+  const int64_t row = t.a.kv_heads * t.a.dim, second = t.sum_keys() * t.columns;
+  // The unit's q has the sign of the scale already.
+  const Scalar scale = (Scalar)(by_matrices<M> ? scaling(t.a.scale).magnitude : t.a.scale);
+  const auto write = [&](int which, int64_t key, int64_t d, Vec v) {
+    T* out = (T*)(which ? t.d.dv : t.d.dk) + key * row + task.kv_head * t.a.dim;
+    store_n(out + d, which ? v : v * scale, least(M::width, t.a.dim - d));
+  };
+  for (int which = 0; which < 2; which++)
+    for (int64_t d = 0; d < t.a.dim; d += M::width) {
+      for (int64_t key = 0; key < t.start; key++) write(which, key, d, Vec{});
+      for (int64_t key = t.start; key < t.s.keys; key += by_matrices<M> ? M::width : 1) {
+        if constexpr (by_matrices<M>) {
+          Vec block[M::width];
+          for (int i = 0; i < M::width; i++)
+            block[i] =
+                sum_of_parts<M>(sums, task.parts, sums_bytes, which * second + (d + i) * t.sum_keys() + key - t.start);
+          transpose(block);
+          for (int64_t i = 0; i < least(M::width, t.s.keys - key); i++) write(which, key + i, d, block[i]);
+        } else {
+          write(which, key, d,
+                sum_of_parts<M>(sums, task.parts, sums_bytes, which * second + (key - t.start) * t.columns + d));
+        }
       }
     }
 }
@@ -408,12 +572,13 @@ void finish(const AttentionGradients& g, const GradientTask& task, char* sums, i
 template <class T>
 AttentionBackwardKernels::Sizes sizes(const AttentionGradients& g, int64_t sequence) {
   const Task<T> t(g, sequence, 0, nullptr);
-  return {t.bytes, round_up(2 * t.sum_rows() * t.columns * (int64_t)sizeof(typename Task<T>::Scalar), 64)};
+  return {t.bytes, round_up(2 * t.sum_keys() * t.columns * (int64_t)sizeof(typename Task<T>::Scalar), 64)};
 }
 
 }  // namespace
 
 const AttentionBackwardKernels attention_backward = {
+    {12, by_matrices<PairsBf16> ? 32 : 12, 12, 12},
     {sizes<float>, sizes<bf16>, sizes<f16>, sizes<double>},
     {run<float>, run<bf16>, run<f16>, run<double>},
     {finish<float>, finish<bf16>, finish<f16>, finish<double>},

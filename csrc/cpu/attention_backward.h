@@ -30,6 +30,7 @@ struct AttentionBackwardKernels {
   using Run = void (*)(const AttentionGradients&, const GradientTask&, char* scratch, char* sums);
   // Joins the sums of all parts, `sums_bytes` apart, in order, and writes dk and dv.
   using Finish = void (*)(const AttentionGradients&, const GradientTask&, char* sums, int64_t sums_bytes);
+  int64_t row_unit[dtypes];  // what the queries of a tile are a multiple of
   Measure sizes[dtypes];
   Run run[dtypes];
   Finish finish[dtypes];
@@ -37,4 +38,4 @@ struct AttentionBackwardKernels {
 
 }  // namespace mk
 
-MK_KERNELS(AttentionBackwardKernels, attention_backward)
+MK_MATRIX_KERNELS(AttentionBackwardKernels, attention_backward)

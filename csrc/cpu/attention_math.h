@@ -3,6 +3,7 @@
 #pragma once
 #include "cpu/arithmetic.h"
 #include "cpu/attention.h"
+#include "cpu/matrix.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -14,6 +15,14 @@ constexpr int strip_vectors = 2;
 #else
 constexpr int strip_vectors = 4;
 #endif
+
+// Whether the matrix unit multiplies; rows of a strip, and the unit in which rows come.
+template <class M>
+constexpr bool by_matrices = MK_AMX && M::step == 2;
+template <class M>
+constexpr int64_t rows_of_strip = by_matrices<M> ? 32 : strip_rows;
+template <class M>
+constexpr int64_t rows_unit = by_matrices<M> ? 16 : 1;
 
 template <class V>
 MK_INLINE V larger(V a, V b) {

@@ -9,10 +9,10 @@ namespace {
 template <class M>
 constexpr int panel_keys = strip_vectors * M::width;
 
-// Words of a key, and columns of a value row.
+// Words of a key, with zeros up to whole steps of the matrix unit, and columns of a value row.
 template <class M>
 MK_INLINE int64_t key_words(int64_t dim) {
-  return round_up(dim, M::step) / M::step;
+  return round_up(dim, by_matrices<M> ? 16 * M::step : M::step) / M::step;
 }
 
 template <class M>

@@ -3,6 +3,7 @@
 // the weight is put in panels, so that lanes are outputs.
 #include "cpu/int8_product.h"
 
+#include "cpu/matrix.h"
 #include "cpu/quant_math.h"
 
 namespace mk::MK_ISA {
@@ -202,7 +203,8 @@ MK_INLINE void transpose(vi (&t)[lanes]) {
   }
 }
 
-// The codes [k, k + count) of the outputs [n, n + outputs), in the order of the panels; further outputs are zeros.
+// The codes [k, k + count) of the outputs [n, n + outputs), in the order of the panels; further outputs, and codes up
+// to a whole vector of words, are zeros.
 void pack(const QuantWeight& w, int64_t n, int64_t outputs, int64_t k, int64_t count, Many& m) {
   const int64_t steps = (count + in_word - 1) / in_word;
   for (int64_t r = 0; r < most_outputs; r += lanes)
@@ -212,8 +214,7 @@ void pack(const QuantWeight& w, int64_t n, int64_t outputs, int64_t k, int64_t c
       for (int64_t i = 0; i < lanes && r + i < outputs; i++)
         t[i] = row_words(w.codes + (n + r + i) * w.row + k + at, count - at);
       transpose(t);
-      for (int64_t i = 0; i < least(lanes, steps - s); i++)
-        m.panel[r / panel_outputs][s + i][r % panel_outputs / lanes] = t[i];
+      for (int64_t i = 0; i < lanes; i++) m.panel[r / panel_outputs][s + i][r % panel_outputs / lanes] = t[i];
     }
   if constexpr (in_word == 4)
     for (int64_t r = 0; r < most_outputs; r += lanes) {
@@ -224,16 +225,41 @@ void pack(const QuantWeight& w, int64_t n, int64_t outputs, int64_t k, int64_t c
     }
 }
 
+#if MK_AMX
+
+// The rows from the first one on that the matrix unit takes, by sixteens; how many that were. It takes 64 codes of x at
+// once, which must not lie behind x's last row.
+int64_t matrix_tiles(const uint8_t* x, int64_t x_row, int64_t left, int64_t rows, int64_t count,
+                     const vi (*panel)[tile_vectors], int32_t (*sums)[most_outputs]) {
+  const int64_t steps = (count + 63) / 64;
+  if (rows < matrix_rows || steps * 64 > left) return 0;
+  const Matrices matrices;
+  int64_t i = 0;
+  for (; i + matrix_rows <= rows; i += rows - i >= 2 * matrix_rows ? 2 * matrix_rows : matrix_rows)
+    for (int v = 0; v < tile_vectors; v += 2) {
+      const auto multiply = rows - i >= 2 * matrix_rows ? multiply_matrices<true, 2, 2> : multiply_matrices<true, 1, 2>;
+      multiply(x + i * x_row, x_row, &panel[0][v], sizeof panel[0], steps, sums[i] + v * lanes, sizeof sums[0], false);
+    }
+  return i;
+}
+
+#endif
+
 void many_tiles(const Int8Product& a, int64_t first, int64_t rows, int64_t outputs, int64_t k, int64_t count, Many& m) {
   constexpr decltype(&many_tile<1>) of[] = {many_tile<1>, many_tile<2>, many_tile<3>,
                                             many_tile<4>, many_tile<5>, many_tile<6>};
   const int64_t steps = (count + in_word - 1) / in_word;
-  for (int64_t p = 0; p * panel_outputs < outputs; p++)
-    for (int64_t i = 0; i < rows; i += many_rows) {
-      auto* const sums = (int32_t (*)[most_outputs])(m.sums[i] + p * panel_outputs);
-      of[least(many_rows, rows - i) - 1](a.x + (first + i) * a.x_row + k * 4 / in_word, a.x_row, m.panel[p], steps,
-                                         sums);
-    }
+  const int64_t at = k * 4 / in_word;
+  const uint8_t* x = a.x + first * a.x_row + at;
+  for (int64_t p = 0; p * panel_outputs < outputs; p++) {
+    const auto sums = [&](int64_t i) { return (int32_t (*)[most_outputs])(m.sums[i] + p * panel_outputs); };
+    int64_t i = 0;
+#if MK_AMX
+    i = matrix_tiles(x, a.x_row, a.x_row - at, rows, count, m.panel[p], sums(0));
+#endif
+    for (; i < rows; i += many_rows)
+      of[least(many_rows, rows - i) - 1](x + i * a.x_row, a.x_row, m.panel[p], steps, sums(i));
+  }
 }
 
 // out += the sums of group g, scaled; they begin anew.

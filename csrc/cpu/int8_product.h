@@ -30,4 +30,4 @@ struct Int8ProductKernels {
 
 }  // namespace mk
 
-MK_KERNELS(Int8ProductKernels, int8_product)
+MK_MATRIX_KERNELS(Int8ProductKernels, int8_product)

@@ -1,6 +1,7 @@
 #include "cpu/linear_cross_entropy.h"
 
 #include "cpu/arithmetic.h"
+#include "cpu/matrix.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -191,13 +192,14 @@ void copy_rows(const Strip& rows, int64_t count, bf16 (*to)[2 * panel_words]) {
   }
 }
 
-void multiply(const PairProduct& p) {
+// Of the rows from `first_row` on the products of the words [first, last).
+void multiply_by_vectors(const PairProduct& p, int64_t first_row, int64_t first, int64_t last) {
   const int64_t words = round_up(p.k, 2) / 2;
-  for (int64_t k = 0; k < words; k += panel_words) {
-    const int64_t steps = least(panel_words, words - k);
+  for (int64_t k = first; k < last; k += panel_words) {
+    const int64_t steps = least(panel_words, last - k);
     const bool odd = 2 * (k + steps) > p.k;
     each_panel(p.first_column, p.last_column, [&]<int NV>(int64_t c, Vectors<NV>) {
-      for (int64_t row = p.first_row; row < p.last_row; row += pair_strip) {
+      for (int64_t row = first_row; row < p.last_row; row += pair_strip) {
         Strip rows;  // past the last row the last once more
         bf16 copy[pair_strip][2 * panel_words];
         for (int r = 0; r < pair_strip; r++) rows[r] = (const bf16*)p.a + least(row + r, p.rows - 1) * p.a_row + 2 * k;
@@ -211,6 +213,48 @@ void multiply(const PairProduct& p) {
     });
   }
 }
+
+#if MK_AMX
+
+template <int MT, int NV>
+MK_INLINE void multiply_rows(const PairProduct& p, int64_t row, const M::Word* b, int64_t k, int64_t steps, int64_t c) {
+  constexpr int NT = NV == 1 ? 1 : 2;
+  const bf16* a = (const bf16*)p.a + row * p.a_row + 2 * k;
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; v += NT)
+    multiply_matrices<false, MT, NT>(a, p.a_row * 2, b + v * lanes, NV * 64, steps / matrix_words,
+                                     p.out + row * p.columns + c + v * lanes, p.columns * 4, p.fresh && k == 0);
+}
+
+// The rows before `last_row` and the words before `last`, both whole registers.
+void multiply_by_matrices(const PairProduct& p, int64_t last_row, int64_t last) {
+  const Matrices matrices;
+  const int64_t words = round_up(p.k, 2) / 2;
+  for (int64_t k = 0; k < last; k += panel_words) {
+    const int64_t steps = least(panel_words, last - k);
+    each_panel(p.first_column, p.last_column, [&]<int NV>(int64_t c, Vectors<NV>) {
+      const M::Word* b = (const M::Word*)p.b + c * words + k * NV * lanes;
+      int64_t row = p.first_row;
+      for (; row + 2 * matrix_rows <= last_row; row += 2 * matrix_rows) multiply_rows<2, NV>(p, row, b, k, steps, c);
+      if (row < last_row) multiply_rows<1, NV>(p, row, b, k, steps, c);
+    });
+  }
+}
+
+void multiply(const PairProduct& p) {
+  // Of an odd last word the second element is not a's.
+  const int64_t words = round_up(p.k, 2) / 2, whole = round_down(p.k / 2, matrix_words);
+  const int64_t last_row = p.first_row + round_down(p.last_row - p.first_row, matrix_rows);
+  multiply_by_matrices(p, last_row, whole);
+  multiply_by_vectors(p, last_row, 0, whole);
+  multiply_by_vectors(p, p.first_row, whole, words);
+}
+
+#else
+
+void multiply(const PairProduct& p) { multiply_by_vectors(p, p.first_row, 0, round_up(p.k, 2) / 2); }
+
+#endif
 
 using Bf16Logits = bf16;
 

@@ -22,7 +22,7 @@ struct LossState {
 };
 
 // A product of bf16 in pairs along k: out[r][c] += a[r] . b[., c], or = where `fresh`. `b` as pack() lays it out, `out`
-// in float32 with rows of pair_columns(n), readable and writable up to a whole number of strips.
+// in float32 with rows of pair_columns(n), readable and writable for a strip less one row behind the last.
 struct PairProduct {
   const void* a;
   int64_t a_row, k;
@@ -51,6 +51,7 @@ struct LinearCrossEntropyKernels {
 };
 
 constexpr int64_t pair_strip = 6;    // rows computed together
+constexpr int64_t pair_rows = 48;    // whole strips, and whole registers of a matrix unit
 constexpr int64_t pair_panel = 64;   // columns computed together
 constexpr int64_t pair_vector = 16;  // rows of `out` and panels are multiples of it
 
@@ -58,4 +59,4 @@ static constexpr int64_t pair_columns(int64_t n) { return (n + pair_vector - 1) 
 
 }  // namespace mk
 
-MK_KERNELS(LinearCrossEntropyKernels, linear_cross_entropy)
+MK_MATRIX_KERNELS(LinearCrossEntropyKernels, linear_cross_entropy)

@@ -19,11 +19,11 @@ constexpr int64_t enough_tasks = 8;
 // P and dS of a tile, in bytes, that the L2 cache mostly holds.
 constexpr int64_t tile_bytes = int64_t{3} << 19;
 
-int64_t rows_of_tile(const Attention& a, int64_t keys) {
+int64_t rows_of_tile(const Attention& a, int64_t keys, int64_t unit) {
   const int64_t seen = a.causal && a.window ? std::min(keys, a.window + tile_rows) : keys;
   const int64_t size = a.dtype == Dtype::bf16 ? 2 : a.dtype == Dtype::f64 ? 8 : 4;
   const int64_t rows = tile_bytes / (2 * size * std::max<int64_t>(seen, 1));
-  return std::clamp<int64_t>(rows / 12 * 12, 24, tile_rows);
+  return std::clamp<int64_t>(rows / unit * unit, std::max<int64_t>(unit, 24), tile_rows);
 }
 
 struct Sums {
@@ -37,8 +37,8 @@ class Backward {
     int64_t longest = 0;
     for (const AttentionSequence& s : sequences_) longest = std::max(longest, s.keys);
     g_.a.sequences = sequences_.data();
-    g_.rows = rows_of_tile(g_.a, longest);
     dtype_ = static_cast<int>(g_.a.dtype);
+    g_.rows = rows_of_tile(g_.a, longest, kernels_.row_unit[dtype_]);
   }
 
   void operator()() {

@@ -14,9 +14,10 @@ using torch::stable::Tensor;
 // Index into the `<op>_tiers` tables of isa.h; chosen when the library is loaded.
 extern int tier;
 
+// An op without kernels of its own for the last tiers has its best for them.
 template <class Kernels, size_t n>
 const Kernels& pick(const Kernels* const (&tiers)[n]) {
-  return *tiers[tier];
+  return *tiers[static_cast<size_t>(tier) < n ? tier : n - 1];
 }
 
 // Throws where the dtype is none of the four.

@@ -4,20 +4,13 @@
 
 #include <algorithm>
 
-#include "torch/ops.h"
+#include "torch/products.h"
 
 namespace mk {
 namespace {
 
 // Of the weight, what keeps a thread busy for some microseconds.
 constexpr int64_t grain_bytes = int64_t{1} << 16;
-
-Tensor by_torch(const Tensor& x, const Tensor& weight, const Maybe& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 bool readable(const Tensor& weight) { return weight.stride(1) == 1 || weight.size(1) == 1; }
 
@@ -62,12 +55,8 @@ void multiply_widened(const Tensor& x_in, const Tensor& weight, const Maybe& bia
     const int64_t count = std::min(words, n - first);
     Tensor block = rows_from(wide, 0, count);
     torch::stable::copy_(block, rows_from(weight, first, count));
-    const Tensor product = torch::stable::view(rows_from(products, 0, rows * count), {rows, count});
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                      torch::stable::detail::from(torch::stable::transpose(block, 0, 1)),
-                                      torch::stable::detail::from(product)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // the same tensor; it was counted
+    Tensor product = torch::stable::view(rows_from(products, 0, rows * count), {rows, count});
+    torch_mm(product, x, torch::stable::transpose(block, 0, 1));
     const float* from = reinterpret_cast<const float*>(data(product));
     in_parallel(rows, std::max<int64_t>(1, (int64_t{1} << 15) / count), [&](int64_t begin, int64_t end) {
       round(from + begin * count, count, bias ? data(along) + first * size : nullptr,
@@ -80,7 +69,7 @@ Tensor many_rows(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   const Dtype dtype = dtype_of(weight);
   if (!widened(dtype) || dtype_of(x) != dtype || (bias && dtype_of(*bias) != dtype) || x.dim() > max_dims ||
       !weight.size(1))
-    return by_torch(x, weight, bias);
+    return torch_linear(x, weight, bias);
   int64_t sizes[max_dims];
   for (int64_t d = 0; d < x.dim(); d++) sizes[d] = d + 1 < x.dim() ? x.size(d) : weight.size(0);
   Tensor out = empty({sizes, static_cast<size_t>(x.dim())}, dtype);

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "torch/ops.h"
+#include "torch/products.h"
 #include "torch/work.h"
 
 namespace mk {
@@ -31,13 +31,6 @@ int64_t words_of_block(int64_t tokens, int64_t vocabulary, int64_t chunk) {
   most = std::clamp<int64_t>(most, 1, vocabulary);
   const int64_t even = pieces(vocabulary, pieces(vocabulary, most));
   return std::min(most, multiple(even, 64));
-}
-
-void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the same tensor; it was counted
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
@@ -79,7 +72,7 @@ class Loss {
         n_(hidden_in.size(1)),
         vocabulary_(weight_in.size(0)),
         words_(words_of_block(tokens_, vocabulary_, chunk)),
-        hidden_(hidden_in),
+        hidden_(closed_rows(hidden_in)),
         weight_(weight_in),
         labels_(torch::stable::contiguous(labels_in)),
         logits_(tokens_ * words_, products_),
@@ -129,17 +122,17 @@ class Loss {
       if (of_weight) {
         Tensor to = rows_of(dweight, block.first, block.words);
         Tensor out = own ? to : dwords.as(block.words, n_);
-        mm_out(out, transposed(block.logits), hidden_);
+        torch_mm(out, transposed(block.logits), hidden_);
         if (!own) torch::stable::copy_(to, out);
       }
       if (!of_hidden) return;
       if (pairs_ && !alone) {
         add_pairs(total, block);
       } else if (!block.first) {
-        mm_out(total, block.logits, block.weight);
+        torch_mm(total, block.logits, block.weight);
       } else {
         Tensor more = part.as(tokens_, n_);
-        mm_out(more, block.logits, block.weight);
+        torch_mm(more, block.logits, block.weight);
         products_ == Dtype::f64 ? add<double>(total, more) : add<float>(total, more);
       }
     });
@@ -178,7 +171,7 @@ class Loss {
         weight = wide_weight;
       }
       Tensor logits = logits_.as(tokens_, words);
-      mm_out(logits, hidden_, transposed(weight));
+      torch_mm(logits, hidden_, transposed(weight));
       f(Block{first, words, weight, logits});
     }
   }
@@ -210,7 +203,7 @@ class Loss {
     }
   }
 
-  int64_t sum_rows() const { return pairs_ ? multiple(tokens_, pair_strip) : tokens_; }
+  int64_t sum_rows() const { return pairs_ ? tokens_ + pair_strip - 1 : tokens_; }
   int64_t sum_columns() const { return pairs_ ? pair_columns(n_) : n_; }
 
   // total += block.logits . block.weight, shared out by rows, and by columns where rows are few. Every element is
@@ -221,7 +214,7 @@ class Loss {
     const int64_t columns = pair_columns(n_), threads = mk::threads();
     const int64_t most = std::max<int64_t>(256, packed_words / std::max<int64_t>(columns, 1) / 256 * 256) * 2;
     const int64_t row_tasks = multiple(pieces(tokens_, 510), std::min(threads, pieces(tokens_, 16 * pair_strip)));
-    const int64_t rows = multiple(pieces(tokens_, row_tasks), pair_strip), down = pieces(tokens_, rows);
+    const int64_t rows = multiple(pieces(tokens_, row_tasks), pair_rows), down = pieces(tokens_, rows);
     const int64_t panels = pieces(columns, pair_panel);
     const int64_t across = std::min(panels, pieces(threads, down));
     const int64_t width = pieces(panels, across) * pair_panel;

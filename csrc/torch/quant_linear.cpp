@@ -7,6 +7,7 @@
 
 #include "cpu/int8_product.h"
 #include "cpu/quant_linear.h"
+#include "torch/products.h"
 #include "torch/work.h"
 
 namespace mk {
@@ -27,13 +28,6 @@ struct Call {
   Dtype dtype;
   int64_t rows, x_row;
 };
-
-Tensor by_torch(const Tensor& x, const Tensor& weight, const Maybe& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // Contiguous; asked of torch only where it is not.
 Tensor packed(const Tensor& t) {
@@ -131,7 +125,7 @@ Tensor multiply_dequantised(const Call& c, const Tensor& x) {
     for (int64_t n = begin; n < end; n++)
       dequantise(c.weight, n, mutable_data(weight) + n * c.weight.k * size_of(c.dtype));
   });
-  return by_torch(x, weight, c.bias);
+  return torch_linear(x, weight, c.bias);
 }
 
 void multiply_int8(const Call& c, void* out) {
@@ -183,7 +177,7 @@ Tensor run(Scheme scheme, const Tensor& x_in, const Tensor& codes_in, const Tens
   const Call c{x, codes, scale, offset, bias, weight, dtype, rows, rows > 1 ? Rows<1>({&x}, 1).stride(0) : 0};
   if (dtype == Dtype::f64) {
     const Tensor flat = scheme == Scheme::w8a8 ? torch::stable::reshape(rounded_in_float64(c), x.sizes()) : x;
-    return by_torch(flat, weight_in_float64(scheme, c), bias);
+    return torch_linear(flat, weight_in_float64(scheme, c), bias);
   }
   if (scheme != Scheme::w8a8 && rows > few_rows) return multiply_dequantised(c, x);
   Tensor out = empty({sizes, static_cast<size_t>(dims)}, dtype);

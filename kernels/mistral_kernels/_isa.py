@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from . import _library
 
-TIERS = ("base", "avx2", "avx512", "avx512bf16")
+TIERS = ("base", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @functools.cache

@@ -1,0 +1,98 @@
+// Products by the matrix unit that Intel's server processors have since Sapphire Rapids (AMX). It has eight registers
+// of 16 rows of 64 bytes. A block of up to 32 x 32 results takes four of them, and a step along k, of 16 words, two
+// for the left factor and two for the right one.
+#pragma once
+#include "cpu/vec.h"
+
+#if MK_AMX
+
+namespace mk::MK_ISA {
+namespace {
+
+constexpr int64_t matrix_rows = 16;   // of a register, and its columns of 4 bytes
+constexpr int64_t matrix_words = 16;  // along k
+
+// While it lives, all eight registers are whole ones on this thread. Then they are configured as before: oneDNN, which
+// torch calls, does not look whether its own configuration is still there.
+class Matrices {
+ public:
+  Matrices() {
+    _tile_storeconfig(before_);
+    const Configuration whole;
+    _tile_loadconfig(&whole);
+  }
+  ~Matrices() {
+    if (before_[0])
+      _tile_loadconfig(before_);
+    else
+      _tile_release();
+  }
+  Matrices(const Matrices&) = delete;
+
+ private:
+  struct alignas(64) Configuration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  alignas(64) uint8_t before_[64];
+};
+
+// The intrinsics put their numbers into the text of an instruction, which no template parameter can become.
+#define MK_MULTIPLY(c, a, b) \
+  if constexpr (bytes)       \
+    _tile_dpbusd(c, a, b);   \
+  else                       \
+    _tile_dpbf16ps(c, a, b);
+
+// c = or, where not `fresh`, += a . b for 16 MT rows of a and 16 NT columns of b, over `steps` times 16 words.
+//   a  rows of words, a_row bytes apart
+//   b  [words][columns], the rows b_row bytes apart; a word is two bf16, or four bytes (of a unsigned, of b signed)
+//   c  [rows][columns] of float or int32, the rows c_row bytes apart
+// The unit takes subnormal bf16 for 0, and rounds each sum to nearest even.
+template <bool bytes, int MT, int NT>
+MK_INLINE void multiply_matrices(const void* a, int64_t a_row, const void* b, int64_t b_row, int64_t steps, void* c,
+                                 int64_t c_row, bool fresh) {
+  const char *a0 = (const char*)a, *a1 = a0 + matrix_rows * a_row, *b0 = (const char*)b, *b1 = b0 + 64;
+  char *c0 = (char*)c, *c2 = c0 + matrix_rows * c_row;
+  asm volatile("" ::: "memory");  // the compiler does not know that a register's load reads memory
+  if (fresh) {
+    _tile_zero(0);
+    if constexpr (NT == 2) _tile_zero(1);
+    if constexpr (MT == 2) _tile_zero(2);
+    if constexpr (MT == 2 && NT == 2) _tile_zero(3);
+  } else {
+    _tile_loadd(0, c0, c_row);
+    if constexpr (NT == 2) _tile_loadd(1, c0 + 64, c_row);
+    if constexpr (MT == 2) _tile_loadd(2, c2, c_row);
+    if constexpr (MT == 2 && NT == 2) _tile_loadd(3, c2 + 64, c_row);
+  }
+  for (int64_t s = 0; s < steps; s++, a0 += 64, a1 += 64, b0 += matrix_words * b_row, b1 += matrix_words * b_row) {
+    _tile_loadd(4, a0, a_row);
+    _tile_loadd(6, b0, b_row);
+    MK_MULTIPLY(0, 4, 6)
+    if constexpr (NT == 2) {
+      _tile_loadd(7, b1, b_row);
+      MK_MULTIPLY(1, 4, 7)
+    }
+    if constexpr (MT == 2) {
+      _tile_loadd(5, a1, a_row);
+      MK_MULTIPLY(2, 5, 6)
+    }
+    if constexpr (MT == 2 && NT == 2) {
+      MK_MULTIPLY(3, 5, 7)
+    }
+  }
+  _tile_stored(0, c0, c_row);
+  if constexpr (NT == 2) _tile_stored(1, c0 + 64, c_row);
+  if constexpr (MT == 2) _tile_stored(2, c2, c_row);
+  if constexpr (MT == 2 && NT == 2) _tile_stored(3, c2 + 64, c_row);
+  asm volatile("" ::: "memory");
+}
+
+#undef MK_MULTIPLY
+
+}  // namespace
+}  // namespace mk::MK_ISA
+
+#endif
