@@ -240,3 +240,16 @@ def test_lengths_that_lie_are_not_followed():
     out, lse = torch.ops.mistral_kernels.attention(q, k, v, 0, 0.1, True, lying, lying, 20, 20)
     assert out.shape == q.shape and torch.equal(out, run(q[None], k[None], v[None], scale=0.1)[0][0])
     assert lse.isfinite().all()
+
+
+@pytest.mark.skipif("amx" not in testing.isa_tiers(), reason="this processor has no matrix unit")
+def test_the_matrix_unit_is_left_as_it_was():
+    """torch's products configure its registers too, and remember that they did."""
+    q, k, v = qkv(70, 70, 2, 1, 64, torch.bfloat16)
+    shapes = [(33, 75, 21), (64, 64, 64), (17, 96, 40), (200, 31, 48)]
+    pairs = [(fill((m, n)).bfloat16(), fill((o, n), seed=1).bfloat16()) for m, n, o in shapes]
+    alone = [torch.nn.functional.linear(x, w) for x, w in pairs]
+    first = run(q, k, v)
+    for (x, w), expected in zip(pairs * 3, alone * 3, strict=True):
+        assert same(run(q, k, v), first)
+        assert torch.equal(torch.nn.functional.linear(x, w), expected)

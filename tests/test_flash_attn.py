@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mistral_kernels as mk
+from mistral_kernels import testing
 from mistral_kernels.attention import flash
 from mistral_kernels.testing import fill
 
@@ -154,13 +155,14 @@ def test_packed(stand_in, window):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("packed_queries", [False, True])
+@pytest.mark.parametrize("layout", ["sequences", "tokens", "lengths"])
 @pytest.mark.parametrize(("window", "lens"), [(8, [3, 8, 21]), (None, [1, 8, 5])])
-def test_decoding_over_a_ring(stand_in, window, lens, packed_queries):
-    q = fill((3, 6, 16) if packed_queries else (3, 1, 6, 16)).half()
+def test_decoding_over_a_ring(stand_in, window, lens, layout):
+    q = fill((3, 1, 6, 16) if layout == "sequences" else (3, 6, 16)).half()
     k, v = (fill((3, 8, 2, 16), seed=s).half() for s in (1, 2))
     arguments = (q, k, v, torch.tensor(lens, dtype=torch.int32), window)
-    out = mk.attention_cached(*arguments, impl="flash_attn")
+    lengths = dict(cu_seqlens=torch.arange(4, dtype=torch.int32), max_seqlen=1) if layout == "lengths" else {}
+    out = mk.attention_cached(*arguments, **lengths, impl="flash_attn")
     assert [c[0] for c in stand_in.calls] == ["cache"]
     torch.testing.assert_close(out, mk.attention_cached(*arguments, impl="reference"), rtol=2e-3, atol=2e-3)
 
@@ -203,6 +205,25 @@ def test_the_generation_for_the_gpu_is_taken(monkeypatch, capability, found):
     names = {name: generation for generation, name in flash.MODULES.items()}
     monkeypatch.setattr(flash.importlib, "import_module", lambda name: library(names[name], []))
     assert flash.load.__wrapped__()[0] == found
+
+
+def test_a_broken_package_breaks_nothing_else(monkeypatch):
+    """Such as one whose own libraries are missing, which raises no ImportError."""
+
+    def broken(name):
+        raise RuntimeError(f"{name} lacks a library")
+
+    monkeypatch.setattr(flash, "_capability", lambda: 9)
+    monkeypatch.setattr(flash, "failures", {})
+    monkeypatch.setattr(flash.importlib, "import_module", broken)
+    monkeypatch.setattr(flash, "load", flash.load.__wrapped__)
+    assert "flash_attn.cute fails to import: flash_attn.cute lacks a library" in mk.backends()["flash_attn"]
+
+
+def test_parity_without_the_gradient_of_lse(stand_in):
+    case = testing.attention_case(1, 9, 9, 4, 2, 16, 3)
+    found = testing.parity(case, torch.bfloat16, "flash_attn", gradients=True)
+    assert [e.output for e in found] == ["out0", "out1", "dq", "dk", "dv"] and all(e.passed for e in found)
 
 
 def test_without_the_package():

@@ -108,7 +108,7 @@ extern "C" int mk_cuda_attention(const mk::cuda::Attention& a, void* stream) {
 }
 
 extern "C" int64_t mk_cuda_attention_backward_scratch(const mk::cuda::AttentionBackward& a) {
-  return mk::cuda::hopper_applies(a) ? mk::cuda::hopper_scratch(a) : 0;
+  return mk::cuda::hopper_applies(a) ? mk::cuda::hopper_scratch(a) : 3 * a.tokens * a.heads;
 }
 
 extern "C" int mk_cuda_attention_backward(const mk::cuda::AttentionBackward& a, void* stream) {

@@ -32,9 +32,8 @@ struct Attention {
 struct AttentionBackward {
   AttentionTokens dout, q, k, v;
   const float* dlse;   // contiguous, like the forward's lse
-  float* statistics;   // three times as much scratch
   void *dq, *dk, *dv;  // contiguous
-  float* scratch;      // as much as mk_cuda_attention_backward_scratch says
+  float* scratch;      // mk_cuda_attention_backward_scratch says how much: [3][tokens][heads], but for Hopper
   const int32_t *cu_q, *cu_k;
   int64_t tokens, key_tokens;  // in all: of q, and of packed k
   int sequences, heads, kv_heads, dim, max_q, max_k, window, dtype;
@@ -48,7 +47,7 @@ extern "C" {
 // Into how many splits the keys of this call should be cut, so that all multiprocessors have work.
 int mk_cuda_attention_splits(const mk::cuda::Attention& a);
 int mk_cuda_attention(const mk::cuda::Attention& a, void* stream);
-// Floats that the gradients need beside the statistics; 0 for none.
+// Floats of scratch that the gradients need.
 int64_t mk_cuda_attention_backward_scratch(const mk::cuda::AttentionBackward& a);
 int mk_cuda_attention_backward(const mk::cuda::AttentionBackward& a, void* stream);
 }

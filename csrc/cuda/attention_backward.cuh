@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(attention_threads) query_gradient_kernel(const
       if (own + 8 * r >= count) continue;
       const int64_t at = w.statistic(a, head, own + 8 * r);
       of_row[r].finish(a.dlse[at]);
-      if (t == 0) of_row[r].store(a.statistics, at, a.tokens * a.heads);
+      if (t == 0) of_row[r].store(a.scratch, at, a.tokens * a.heads);
     }
   };
   if (!blocks) finish_statistics();
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(attention_threads) key_gradient_kernel(const A
   for (int i = 0; i < group * blocks; i++) {
     load_block(i + 1);
     const int head = kv_head * group + i / blocks, query = (begin + i % blocks) * query_rows + 2 * t;
-    const float* statistics = a.statistics + w.statistic(a, head, 0);
+    const float* statistics = a.scratch + w.statistic(a, head, 0);
     const auto at_query = [&](int which, int j, int e) {
       return statistics[which * count + min(query + 8 * j + e % 2, w.queries.count - 1)];
     };

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(attention_threads) query_gradient_kernel_f32(c
       if (w.first + own + r >= count) continue;
       const int64_t at = w.statistic(a, head, w.first + own + r);
       of_row[r].finish(a.dlse[at]);
-      if (lane == 0) of_row[r].store(a.statistics, at, a.tokens * a.heads);
+      if (lane == 0) of_row[r].store(a.scratch, at, a.tokens * a.heads);
     }
   };
   if (!blocks) finish_statistics();
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(attention_threads) key_gradient_kernel_f32(con
     load_rows(outs, w.of_queries(a.dout, head), first, block, w.queries.count, a.dim);
     __syncthreads();
     const int64_t at = w.statistic(a, head, min(query, w.queries.count - 1)), count = a.tokens * a.heads;
-    const float largest = a.statistics[at], inverse = a.statistics[count + at], delta = a.statistics[2 * count + at];
+    const float largest = a.scratch[at], inverse = a.scratch[count + at], delta = a.scratch[2 * count + at];
     float p[warp_rows], ds[warp_rows];
 #pragma unroll
     for (int r = 0; r < warp_rows; r++) {

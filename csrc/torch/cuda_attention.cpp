@@ -100,13 +100,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_in, con
   Tensor dv = device_empty(v.sizes(), dtype, v);
   const bool packed = q.dim() == 3;
   if (!q.numel()) return {dq, torch::stable::zero_(dk), torch::stable::zero_(dv)};
-  const Tensor statistics = device_empty({3, dlse.numel()}, Dtype::f32, q);
   const Tensor ends_q = packed ? torch::stable::contiguous(*cu_q) : q;
   const Tensor ends_k = packed ? torch::stable::contiguous(*cu_k) : q;
   cuda::AttentionBackward a = {};
   a.dout = tokens_of(dout), a.q = tokens_of(q), a.k = tokens_of(k), a.v = tokens_of(v);
   a.dlse = static_cast<const float*>(device_data(dlse));
-  a.statistics = static_cast<float*>(device_mutable_data(statistics));
   a.dq = device_mutable_data(dq), a.dk = device_mutable_data(dk), a.dv = device_mutable_data(dv);
   if (packed) a.cu_q = ends_of(ends_q), a.cu_k = ends_of(ends_k);
   a.tokens = packed ? q.size(0) : q.size(0) * q.size(1);
@@ -116,9 +114,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_in, con
   a.max_q = static_cast<int>(max_q), a.max_k = static_cast<int>(max_k), a.window = static_cast<int>(window);
   a.dtype = dtype_index(q), a.scale = static_cast<float>(scale), a.causal = causal;
   a.key_tokens = packed ? k.size(0) : 0;
-  const int64_t needed = mk_cuda_attention_backward_scratch(a);
-  const Tensor scratch = needed ? device_empty({needed}, Dtype::f32, q) : statistics;
-  if (needed) a.scratch = static_cast<float*>(device_mutable_data(scratch));
+  const Tensor scratch = device_empty({mk_cuda_attention_backward_scratch(a)}, Dtype::f32, q);
+  a.scratch = static_cast<float*>(device_mutable_data(scratch));
   check_launch(mk_cuda_attention_backward(a, device.stream()), "attention_backward");
   return {dq, dk, dv};
 }

@@ -1,7 +1,8 @@
 """Attention by the flash-attn package, whichever of its generations is importable: our arguments mapped to theirs.
 
 Their window `(left, right)` counts the keys beside the query's own and is inclusive: W visible keys are (W − 1, 0).
-2 and 3 write "no limit" as −1, 4 as None. All align the last query with the last key. Not run on a GPU.
+2 and 3 write "no limit" as −1, 4 as None. All align the last query with the last key. Generation 4 ran on an H200; 2 and
+3 were never run, only their arguments are tested.
 """
 
 import functools
@@ -15,6 +16,8 @@ MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
 # By the GPU's major compute capability: 3 is written for Hopper, 4 for Blackwell; 2 runs on both, slower.
 ORDER = {8: (2,), 9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (2, 4)}
 MAX_HEAD_DIM = 256
+# Why a generation could not be imported.
+failures: dict[int, Exception] = {}
 
 
 @functools.cache
@@ -28,7 +31,8 @@ def load() -> tuple[int, ModuleType] | None:
     for generation in ORDER.get(_capability(), (3, 4, 2)):
         try:
             module = importlib.import_module(MODULES[generation])
-        except ImportError:
+        except Exception as error:  # a broken one of these large packages must not break every other op
+            failures[generation] = error
             continue
         if hasattr(module, "flash_attn_func"):
             return generation, module
@@ -40,8 +44,11 @@ def unusable() -> str | None:
     if not _capability():
         return "no GPU is here"
     if load() is None:
+        broken = {g: e for g, e in failures.items() if not isinstance(e, ModuleNotFoundError)}
+        if broken:
+            return "; ".join(f"{MODULES[g]} fails to import: {e}".split("\n")[0] for g, e in broken.items())
         names = ", ".join(MODULES[g] for g in ORDER.get(_capability(), (3, 4, 2)))
-        return f"none of {names} can be imported (pip install flash-attn, or flash-attn-4 for Blackwell)"
+        return f"none of {names} can be imported (pip install flash-attn, or flash-attn-4 for Hopper and Blackwell)"
     return None
 
 
@@ -95,7 +102,8 @@ def attention(
     if q.numel() == 0 or k.numel() == 0:
         rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
         # Zero gradients, where they are asked for, need an output that depends on the inputs.
-        return q * 0 + (k.sum() + v.sum()) * 0, q.new_full(rows, float("-inf"), dtype=torch.float32)
+        out, lse = q * 0 + (k.sum() + v.sum()) * 0, q.new_full(rows, float("-inf"), dtype=torch.float32)
+        return out, _Undifferentiable.apply(lse, out)
     if cu_q is None:
         out, lse = module.flash_attn_func(q, k, v, **how)[:2]
     else:
@@ -109,7 +117,8 @@ def supports_cached(q, k_cache, v_cache, seq_lens, window, scale, k_new, v_new, 
     """flash-attn masks a cache by slot, so it can serve a ring only where every written slot is visible."""
     if (reason := supports(q)) is not None:
         return reason
-    if k_new is not None or cu is not None or (q.dim() == 4 and q.shape[1] != 1):
+    one_each = cu is None or (max_q == 1 and q.shape[0] == k_cache.shape[0])
+    if k_new is not None or not one_each or (q.dim() == 4 and q.shape[1] != 1):
         return "over a ring flash-attn serves one query a sequence, already written (no chunks)"
     if window and k_cache.shape[1] != window:
         return f"the ring has {k_cache.shape[1]} slots and the window is {window}; flash-attn needs them to be equal"
