@@ -1,6 +1,8 @@
 """The model-level benchmarks in small, the page that is generated from their JSON, and the order to run them all."""
 
 import argparse
+import subprocess
+import sys
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -50,10 +52,12 @@ def test_long_points_are_modelled_and_marked(monkeypatch, capsys):
 
 
 def test_peak_memory_is_seen():
-    found = window.peak_of(lambda: torch.ones(1 << 24).sum(), "cpu")
-    if found is None:
+    """In a process of its own: here the call could take what another test has freed."""
+    program = "import torch; from bench import window; print(window.peak_of(lambda: torch.ones(1 << 24).sum(), 'cpu'))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    if found == "None":
         pytest.skip("the system does not say")
-    assert 60 << 20 < found < 100 << 20
+    assert 60 << 20 < int(found) < 100 << 20
 
 
 def test_peaks_of_attention():
