@@ -175,8 +175,8 @@ template <class M, int MT, int NT>
 MK_INLINE void matrix_values(const Tile<M>& t, int64_t count, int64_t row, int64_t key, int64_t keys, int64_t d,
                              const float* factor) {
   alignas(64) float sums[MT * matrix_rows][NT * lanes];
-  multiply_matrices<false, MT, NT>(t.probabilities, block_keys<M> * 2, t.v + key / 2 * t.columns + d, t.columns * 4,
-                                   keys / 32, sums, sizeof sums[0], true);
+  multiply_matrices<false, MT, NT>(t.probabilities, block_keys<M> * 2, value_rows(t.v, t.columns, key, d), keys / 32,
+                                   sums, sizeof sums[0], true);
   for (int64_t r = 0; r < count; r++)
 #pragma GCC unroll 2
     for (int n = 0; n < NT; n++) {
@@ -189,11 +189,10 @@ MK_INLINE void matrix_values(const Tile<M>& t, int64_t count, int64_t row, int64
 // The same as strip() for `count` of 16 MT rows.
 template <class M, int MT>
 void matrix_strip(const Tile<M>& t, int64_t count, int64_t row, int64_t query, int64_t first, int64_t last) {
-  constexpr int64_t n = panel_keys<M>;
   narrow_keys(t, count, query, first, last);
   if (first >= last) return;
   for (int64_t key = first; key < last; key += 2 * lanes)
-    multiply_matrices<false, MT, 2>(t.q + row * t.q_row, t.q_row * 4, t.k + key / n * n * t.q_words + key % n, n * 4,
+    multiply_matrices<false, MT, 2>(t.q + row * t.q_row, t.q_row * 4, key_columns(t.k, t.q_words, key),
                                     t.q_words / matrix_words, t.scores + key - first, block_keys<M> * 4, true);
   float factors[MT * matrix_rows];
   const float* factor = strip_softmax(t, count, row, query, first, last, factors) ? nullptr : factors;

@@ -389,10 +389,9 @@ void add_key_gradients(const Task<T>& t, const Tile& tile, typename Task<T>::Sca
 template <class M, int MT>
 MK_INLINE void matrix_products(const Task<bf16>& t, const uint32_t* rows, const uint32_t* panels, Keys keys,
                                float* out) {
-  constexpr int64_t n = panel_keys<M>;
   for (int64_t key = keys.first; key < keys.last; key += 2 * lanes)
-    multiply_matrices<false, MT, 2>(rows, t.row_words * 4, panels + key / n * n * t.words + key % n, n * 4,
-                                    t.words / matrix_words, out + key - keys.first, t.span * 4, true);
+    multiply_matrices<false, MT, 2>(rows, t.row_words * 4, key_columns(panels, t.words, key), t.words / matrix_words,
+                                    out + key - keys.first, t.span * 4, true);
 }
 
 // f(column, how many registers) over all columns.
@@ -412,7 +411,7 @@ void matrix_strip(const Task<bf16>& t, const Tile& tile, int64_t row, int64_t co
   matrix_products<M, MT>(t, t.dout + row * t.row_words, t.v_panels, keys, t.dp);
   strip_gradients(t, tile, row, count, keys);
   each_matrix(t.columns, [&]<int NT>(int64_t d, Vectors<NT>) {
-    multiply_matrices<false, MT, NT>(t.strip_ds, t.span * 2, t.k_rows + keys.first / 2 * t.columns + d, t.columns * 4,
+    multiply_matrices<false, MT, NT>(t.strip_ds, t.span * 2, value_rows(t.k_rows, t.columns, keys.first, d),
                                      (keys.last - keys.first) / 32, t.dq + d, t.columns * 4, true);
   });
   store_dq(t, tile, row, count);
@@ -428,14 +427,14 @@ void add_matrix_gradients(const Task<bf16>& t, const Tile& tile, float* dk, floa
       if (t.a.window) last = least(last, key + 2 * lanes - 1 - offset + t.a.window);
     }
     first = round_down(first, 32);
-    const int64_t steps = (last - first + 31) / 32, at = first / 2 * t.span + key - tile.base;
     if (first >= last) continue;
+    const int64_t steps = (last - first + 31) / 32, at = first / 2 * t.span + key - tile.base, row = t.span * 4;
     each_matrix(t.columns, [&]<int MT>(int64_t d, Vectors<MT>) {
       const int64_t from = (d * t.g.rows + first) / 2, to = d * sums + key;
-      multiply_matrices<false, MT, 2>(t.dout_rows + from, t.g.rows * 2, t.p + at, t.span * 4, steps, dv + to, sums * 4,
-                                      false);
-      multiply_matrices<false, MT, 2>(t.q_rows + from, t.g.rows * 2, t.ds + at, t.span * 4, steps, dk + to, sums * 4,
-                                      false);
+      multiply_matrices<false, MT, 2>(t.dout_rows + from, t.g.rows * 2, {t.p + at, row, 64, 16 * row}, steps, dv + to,
+                                      sums * 4, false);
+      multiply_matrices<false, MT, 2>(t.q_rows + from, t.g.rows * 2, {t.ds + at, row, 64, 16 * row}, steps, dk + to,
+                                      sums * 4, false);
     });
   }
 }

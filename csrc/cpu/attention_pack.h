@@ -1,5 +1,6 @@
 // Keys and values laid out for the products of the attention tiles: keys in panels of [dim words][panel keys],
-// transposed in registers; values in rows of words, [panel keys / step][columns].
+// transposed in registers; values in rows of words, [panel keys / step][columns]. For the matrix unit both are blocks
+// of one register, 16 words by 16 keys or columns: keys [keys / 16][dim words / 16], values [keys / 32][columns / 16].
 #pragma once
 #include "cpu/attention_math.h"
 
@@ -69,7 +70,8 @@ MK_INLINE void pack_keys(const T* const* rows, int64_t keys, int64_t dim, typena
 #pragma GCC unroll 16
       for (int i = 0; i < n; i++) t[i] = first + i < keys ? row_words<M>(rows[first + i], w, dim) : typename M::Words{};
       transpose(t);
-      for (int i = 0; i < least(n, words - w); i++) store_words(out + (w + i) * panel_keys<M> + first, t[i]);
+      for (int i = 0; i < least(n, words - w); i++)
+        store_words(by_matrices<M> ? out + first * words + (w + i) * n : out + (w + i) * panel_keys<M> + first, t[i]);
     }
 }
 
@@ -88,16 +90,31 @@ template <class M, class T>
 MK_INLINE void pack_values(const T* const* rows, int64_t keys, int64_t dim, typename M::Word* out) {
   const int64_t columns = value_columns<M>(dim);
   for (int64_t key = 0; key < panel_keys<M>; key += M::step)
-    for (int64_t d = 0; d < columns; d += M::width, out += M::width) {
+    for (int64_t d = 0; d < columns; d += M::width) {
+      typename M::Word* to =
+          by_matrices<M> ? out + key / 32 * 16 * columns + (d + key % 32 / 2) * 16 : out + key / M::step * columns + d;
       if (key >= keys)
-        store_words(out, typename M::Words{});
+        store_words(to, typename M::Words{});
       else if constexpr (M::step == 1)
-        store_words(out, row_words<M>(rows[key], d, dim));
+        store_words(to, row_words<M>(rows[key], d, dim));
       else
-        store_words(out, pair(raw_words(rows[key] + d, dim - d),
-                              key + 1 < keys ? raw_words(rows[key + 1] + d, dim - d) : vu{}));
+        store_words(
+            to, pair(raw_words(rows[key] + d, dim - d), key + 1 < keys ? raw_words(rows[key + 1] + d, dim - d) : vu{}));
     }
 }
+
+#if MK_AMX
+
+// From key `key` on the packed keys as columns of scores, and the packed values' columns from `d` on.
+MK_INLINE Right key_columns(const uint32_t* keys, int64_t words, int64_t key) {
+  return {keys + key * words, 64, words * 64, matrix_block * 4};
+}
+
+MK_INLINE Right value_rows(const uint32_t* values, int64_t columns, int64_t key, int64_t d) {
+  return {values + key / 2 * columns + d * matrix_words, 64, matrix_block * 4, columns * 64};
+}
+
+#endif
 
 // Query rows as words, times the sign of the scale, with zeros to the next whole vector.
 template <class M>

@@ -227,20 +227,29 @@ void pack(const QuantWeight& w, int64_t n, int64_t outputs, int64_t k, int64_t c
 
 #if MK_AMX
 
+// sums += the products of 16 MT rows of x with a panel's 64 outputs.
+template <int MT>
+void matrix_rows_of(const uint8_t* x, int64_t x_row, const vi (*panel)[tile_vectors], int64_t steps,
+                    int32_t (*sums)[most_outputs]) {
+  constexpr int64_t row = sizeof panel[0];
+  for (int v = 0; v < tile_vectors; v += 2)
+    multiply_matrices<true, MT, 2>(x, x_row, {&panel[0][v], row, 64, matrix_words * row}, steps, sums[0] + v * lanes,
+                                   sizeof sums[0], false);
+}
+
 // The rows from the first one on that the matrix unit takes, by sixteens; how many that were. It takes 64 codes of x at
 // once, which must not lie behind x's last row.
 int64_t matrix_tiles(const uint8_t* x, int64_t x_row, int64_t left, int64_t rows, int64_t count,
                      const vi (*panel)[tile_vectors], int32_t (*sums)[most_outputs]) {
   const int64_t steps = (count + 63) / 64;
-  if (rows < matrix_rows || steps * 64 > left) return 0;
+  if (steps * 64 > left) return 0;
   const Matrices matrices;
   int64_t i = 0;
-  for (; i + matrix_rows <= rows; i += rows - i >= 2 * matrix_rows ? 2 * matrix_rows : matrix_rows)
-    for (int v = 0; v < tile_vectors; v += 2) {
-      const auto multiply = rows - i >= 2 * matrix_rows ? multiply_matrices<true, 2, 2> : multiply_matrices<true, 1, 2>;
-      multiply(x + i * x_row, x_row, &panel[0][v], sizeof panel[0], steps, sums[i] + v * lanes, sizeof sums[0], false);
-    }
-  return i;
+  for (; i + 2 * matrix_rows <= rows; i += 2 * matrix_rows)
+    matrix_rows_of<2>(x + i * x_row, x_row, panel, steps, sums + i);
+  if (i + matrix_rows > rows) return i;
+  matrix_rows_of<1>(x + i * x_row, x_row, panel, steps, sums + i);
+  return i + matrix_rows;
 }
 
 #endif

@@ -222,8 +222,9 @@ MK_INLINE void multiply_rows(const PairProduct& p, int64_t row, const M::Word* b
   const bf16* a = (const bf16*)p.a + row * p.a_row + 2 * k;
 #pragma GCC unroll 2
   for (int v = 0; v < NV; v += NT)
-    multiply_matrices<false, MT, NT>(a, p.a_row * 2, b + v * lanes, NV * 64, steps / matrix_words,
-                                     p.out + row * p.columns + c + v * lanes, p.columns * 4, p.fresh && k == 0);
+    multiply_matrices<false, MT, NT>(a, p.a_row * 2, {b + v * lanes, NV * 64, 64, matrix_words * NV * 64},
+                                     steps / matrix_words, p.out + row * p.columns + c + v * lanes, p.columns * 4,
+                                     p.fresh && k == 0);
 }
 
 // The rows before `last_row` and the words before `last`, both whole registers.

@@ -38,6 +38,15 @@ class Matrices {
   alignas(64) uint8_t before_[64];
 };
 
+// A right factor: bytes from one of its 16 words to the next, from 16 columns to the next 16, and from a step to the
+// next. What fills a register lies best in one piece: its lines then come from the second-level cache in their order.
+struct Right {
+  const void* first;
+  int64_t row, next, step;
+};
+
+constexpr int64_t matrix_block = matrix_words * matrix_rows;  // words of a register
+
 // The intrinsics put their numbers into the text of an instruction, which no template parameter can become.
 #define MK_MULTIPLY(c, a, b) \
   if constexpr (bytes)       \
@@ -47,13 +56,13 @@ class Matrices {
 
 // c = or, where not `fresh`, += a . b for 16 MT rows of a and 16 NT columns of b, over `steps` times 16 words.
 //   a  rows of words, a_row bytes apart
-//   b  [words][columns], the rows b_row bytes apart; a word is two bf16, or four bytes (of a unsigned, of b signed)
+//   b  [words][columns]; a word is two bf16, or four bytes (of a unsigned, of b signed)
 //   c  [rows][columns] of float or int32, the rows c_row bytes apart
 // The unit takes subnormal bf16 for 0, and rounds each sum to nearest even.
 template <bool bytes, int MT, int NT>
-MK_INLINE void multiply_matrices(const void* a, int64_t a_row, const void* b, int64_t b_row, int64_t steps, void* c,
-                                 int64_t c_row, bool fresh) {
-  const char *a0 = (const char*)a, *a1 = a0 + matrix_rows * a_row, *b0 = (const char*)b, *b1 = b0 + 64;
+MK_INLINE void multiply_matrices(const void* a, int64_t a_row, Right b, int64_t steps, void* c, int64_t c_row,
+                                 bool fresh) {
+  const char *a0 = (const char*)a, *a1 = a0 + matrix_rows * a_row, *b0 = (const char*)b.first, *b1 = b0 + b.next;
   char *c0 = (char*)c, *c2 = c0 + matrix_rows * c_row;
   asm volatile("" ::: "memory");  // the compiler does not know that a register's load reads memory
   if (fresh) {
@@ -67,12 +76,12 @@ MK_INLINE void multiply_matrices(const void* a, int64_t a_row, const void* b, in
     if constexpr (MT == 2) _tile_loadd(2, c2, c_row);
     if constexpr (MT == 2 && NT == 2) _tile_loadd(3, c2 + 64, c_row);
   }
-  for (int64_t s = 0; s < steps; s++, a0 += 64, a1 += 64, b0 += matrix_words * b_row, b1 += matrix_words * b_row) {
+  for (int64_t s = 0; s < steps; s++, a0 += 64, a1 += 64, b0 += b.step, b1 += b.step) {
     _tile_loadd(4, a0, a_row);
-    _tile_loadd(6, b0, b_row);
+    _tile_loadd(6, b0, b.row);
     MK_MULTIPLY(0, 4, 6)
     if constexpr (NT == 2) {
-      _tile_loadd(7, b1, b_row);
+      _tile_loadd(7, b1, b.row);
       MK_MULTIPLY(1, 4, 7)
     }
     if constexpr (MT == 2) {
