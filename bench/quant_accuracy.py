@@ -1,6 +1,7 @@
 """What quantised weights and int8 keys and values cost in accuracy: on a text, and layer by layer.
 
-Every variant runs in bfloat16 and is compared with the same checkpoint in float32. Weights are quantised from float32.
+Every variant is compared with the same checkpoint in float32, and runs in bfloat16, which has a cost of its own; int8
+once more in float32 shows the codes' alone. Weights are quantised from float32.
 """
 
 import copy
@@ -31,7 +32,9 @@ SCHEMES: dict[str, tuple[str, int | None, bool]] = {
     "nf4 g64": ("nf4", 64, False),
 }
 # Of those, the ones that are calibrated on a text too.
-CALIBRATED = ("int8", "int8 g32", "int4 g128")
+CALIBRATED = ("int8", "int8 g32", "int4 g128", "int4 g32")
+# And the ones that also run in float32.
+EXACT = ("int8", "int8 g32")
 KV_CHUNK = 64
 
 
@@ -47,12 +50,16 @@ def variants(
     """
     models = {"bf16": copy.deepcopy(whole).to(torch.bfloat16)}
     for name, how in tqdm(SCHEMES.items(), desc="quantising", leave=False, disable=None):
-        if schemes is None or name in schemes:
-            models[name] = quantize_model(copy.deepcopy(whole), *how).to(torch.bfloat16)
-            if windows is not None and name in CALIBRATED:
-                scheme, group, offsets = how
-                made = calibrate_model(copy.deepcopy(whole), windows, scheme, group, offsets, progress=False)
-                models[f"{name}, calibrated"] = made.to(torch.bfloat16)
+        if schemes is not None and name not in schemes:
+            continue
+        made = {name: quantize_model(copy.deepcopy(whole), *how)}
+        if windows is not None and name in CALIBRATED:
+            scheme, group, offsets = how
+            calibrated = calibrate_model(copy.deepcopy(whole), windows, scheme, group, offsets, progress=False)
+            made[f"{name}, calibrated"] = calibrated
+        if name in EXACT:
+            models |= {f"{label}, x in float32": copy.deepcopy(model) for label, model in made.items()}
+        models |= {label: model.to(torch.bfloat16) for label, model in made.items()}
     for name, file in files.items():
         models[name] = load_model(file, dtype=torch.bfloat16, progress=False, keep_codes=True)
     return models

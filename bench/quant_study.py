@@ -94,7 +94,8 @@ def measure(options: argparse.Namespace, size: dict[str, int]) -> dict[str, Any]
                 result["accuracy"] = accuracy(whole, models, text, size)
             if "models" in options.parts:
                 prompt = text[: size["prompt"]]
-                timed = {n: m for n, m in models.items() if "calibrated" not in n}  # those are as fast
+                # Calibrated weights are as fast as others.
+                timed = {n: m for n, m in models.items() if "calibrated" not in n and "float32" not in n}
                 result["models"] = quant_speed.whole_models(timed, files, prompt, size["count"], size["rounds"])
     if "layer" in options.parts:
         result["layer"] = dict(single=quant_speed.single_row(options.quick), many=quant_speed.many_rows(options.quick))

@@ -1,10 +1,10 @@
 """The model-level benchmarks in small, the page that is generated from their JSON, and the order to run them all."""
 
 import argparse
-import subprocess
-import sys
 import dataclasses
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest

@@ -1,8 +1,8 @@
 """Attention by the flash-attn package, whichever of its generations is importable: our arguments mapped to theirs.
 
 Their window `(left, right)` counts the keys beside the query's own and is inclusive: W visible keys are (W − 1, 0).
-2 and 3 write "no limit" as −1, 4 as None. All align the last query with the last key. Generation 4 ran on an H200; 2 and
-3 were never run, only their arguments are tested.
+2 and 3 write "no limit" as −1, 4 as None. All align the last query with the last key. Generation 4 ran on an H200;
+2 and 3 were never run, only their arguments are tested.
 """
 
 import functools
