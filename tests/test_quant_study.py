@@ -39,10 +39,10 @@ def test_variants_and_layers():
     whole = tiny.model(tie_embeddings=True)
     before = {n: t.clone() for n, t in whole.state_dict().items()}
     models = quant_accuracy.variants(whole, {}, ("int8", "int4 g64"))
-    assert list(models) == ["bf16", "int8", "int4 g64"]
+    assert list(models) == ["bf16", "int8, x in float32", "int8", "int4 g64"]
     assert all(torch.equal(before[n], t) for n, t in whole.state_dict().items())
     rows = quant_accuracy.of_layers(whole, models, tiny.tokens(30))
-    assert list(rows) == ["int8", "int4 g64"] and len(rows["int8"]) == 3 * len(LINEARS)
+    assert list(rows) == ["int8, x in float32", "int8", "int4 g64"] and len(rows["int8"]) == 3 * len(LINEARS)
     for good, bad in zip(rows["int8"], rows["int4 g64"], strict=True):
         assert good["weight"] > bad["weight"] + 10 and good["output"] > bad["output"] + 10
     row = rows["int8"][7]
@@ -51,7 +51,9 @@ def test_variants_and_layers():
     assert bytes_of["bf16"] == 2 * whole.config.parameter_count() and bytes_of["int8"] < 0.6 * bytes_of["bf16"]
     assert quant_accuracy.decibel(torch.ones(3), torch.zeros(3)) == math.inf
     fed = quant_accuracy.variants(whole, {}, ("int8", "int4 g64"), tiny.tokens(3, 30))
-    assert list(fed) == ["bf16", "int8", "int8, calibrated", "int4 g64"]
+    exact = [f"{name}, x in float32" for name in ("int8", "int8, calibrated")]
+    assert list(fed) == ["bf16", *exact, "int8", "int8, calibrated", "int4 g64"]
+    assert all(next(fed[name].parameters()).dtype == torch.float32 for name in exact)
     weights = [fed[name].layers[1].attention.wq.codes for name in ("int8", "int8, calibrated")]
     assert torch.equal(weights[0], models["int8"].layers[1].attention.wq.codes) and not torch.equal(*weights)
 
