@@ -273,7 +273,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="shows in a minute that it runs; the figures mean little")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.page:  # before minutes of work
+        try:
+            report.placed(options.page.read_text(encoding="utf-8"), MARK, "")
+        except (OSError, ValueError) as error:
+            parser.error(f"--page {options.page}: {error}")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

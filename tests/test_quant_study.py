@@ -130,6 +130,15 @@ def result():
     )
 
 
+def test_a_page_that_cannot_take_the_tables_is_refused_at_once(tmp_path, capsys):
+    unmarked = tmp_path / "unmarked.md"
+    unmarked.write_text("no marks")
+    for page, words in ((tmp_path / "none.md", "No such file"), (unmarked, "study begins")):
+        with pytest.raises(SystemExit):
+            quant_study.parse(["--page", str(page)])
+        assert words in capsys.readouterr().err
+
+
 def test_the_page(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- study begins -->\nold\n<!-- study ends -->\nafter\n")
