@@ -196,10 +196,9 @@ void matrix_strip(const Tile<M>& t, int64_t count, int64_t row, int64_t query, i
                                     t.q_words / matrix_words, t.scores + key - first, block_keys<M> * 4, true);
   float factors[MT * matrix_rows];
   const float* factor = strip_softmax(t, count, row, query, first, last, factors) ? nullptr : factors;
-  int64_t d = 0;
-  for (; d + 2 * lanes <= t.columns; d += 2 * lanes)
-    matrix_values<M, MT, 2>(t, count, row, first, last - first, d, factor);
-  if (d < t.columns) matrix_values<M, MT, 1>(t, count, row, first, last - first, d, factor);
+  each_registers(t.columns, [&]<int NT>(int64_t d, Registers<NT>) {
+    matrix_values<M, MT, NT>(t, count, row, first, last - first, d, factor);
+  });
 }
 
 #endif

@@ -386,7 +386,7 @@ void add_key_gradients(const Task<T>& t, const Tile& tile, typename Task<T>::Sca
 #if MK_AMX
 
 // out = rows . panels for 16 MT rows and the keys [first, last).
-template <class M, int MT>
+template <int MT>
 MK_INLINE void matrix_products(const Task<bf16>& t, const uint32_t* rows, const uint32_t* panels, Keys keys,
                                float* out) {
   for (int64_t key = keys.first; key < keys.last; key += 2 * lanes)
@@ -394,23 +394,14 @@ MK_INLINE void matrix_products(const Task<bf16>& t, const uint32_t* rows, const 
                                     out + key - keys.first, t.span * 4, true);
 }
 
-// f(column, how many registers) over all columns.
-template <class F>
-MK_INLINE void each_matrix(int64_t columns, F f) {
-  int64_t d = 0;
-  for (; d + 2 * lanes <= columns; d += 2 * lanes) f(d, Vectors<2>());
-  if (d < columns) f(d, Vectors<1>());
-}
-
 // The same as strip() for `count` of 16 MT rows.
 template <int MT>
 void matrix_strip(const Task<bf16>& t, const Tile& tile, int64_t row, int64_t count) {
-  using M = PairsBf16;
   const Keys keys = keys_of_strip(t, tile, row, count);
-  matrix_products<M, MT>(t, t.q + row * t.row_words, t.k_panels, keys, t.scores);
-  matrix_products<M, MT>(t, t.dout + row * t.row_words, t.v_panels, keys, t.dp);
+  matrix_products<MT>(t, t.q + row * t.row_words, t.k_panels, keys, t.scores);
+  matrix_products<MT>(t, t.dout + row * t.row_words, t.v_panels, keys, t.dp);
   strip_gradients(t, tile, row, count, keys);
-  each_matrix(t.columns, [&]<int NT>(int64_t d, Vectors<NT>) {
+  each_registers(t.columns, [&]<int NT>(int64_t d, Registers<NT>) {
     multiply_matrices<false, MT, NT>(t.strip_ds, t.span * 2, value_rows(t.k_rows, t.columns, keys.first, d),
                                      (keys.last - keys.first) / 32, t.dq + d, t.columns * 4, true);
   });
@@ -429,7 +420,7 @@ void add_matrix_gradients(const Task<bf16>& t, const Tile& tile, float* dk, floa
     first = round_down(first, 32);
     if (first >= last) continue;
     const int64_t steps = (last - first + 31) / 32, at = first / 2 * t.span + key - tile.base, row = t.span * 4;
-    each_matrix(t.columns, [&]<int MT>(int64_t d, Vectors<MT>) {
+    each_registers(t.columns, [&]<int MT>(int64_t d, Registers<MT>) {
       const int64_t from = (d * t.g.rows + first) / 2, to = d * sums + key;
       multiply_matrices<false, MT, 2>(t.dout_rows + from, t.g.rows * 2, {t.p + at, row, 64, 16 * row}, steps, dv + to,
                                       sums * 4, false);
@@ -456,6 +447,7 @@ void transpose_rows(const Task<bf16>& t, int64_t rows, const uint32_t* from, uin
 }
 
 void run_matrix_tile(const Task<bf16>& t, const Tile& tile, float* dk, float* dv) {
+  const Matrices matrices;
   const int64_t rows = round_up(tile.count, 32), more = rows - tile.count, head = tile.head;
   const bf16* q = (const bf16*)t.s.q + tile.first * t.a.q_row + head * t.a.q_head;
   const bf16* dout = (const bf16*)t.d.dout + tile.first * t.g.dout_row + head * t.g.dout_head;
@@ -486,6 +478,9 @@ void run_matrix_tile(const Task<bf16>& t, const Tile& tile, float* dk, float* dv
 template <class T>
 void run_tile(const Task<T>& t, const Tile& tile, typename Task<T>::Scalar* dk, typename Task<T>::Scalar* dv) {
   using M = typename Task<T>::M;
+#if MK_AMX
+  if constexpr (by_matrices<M>) return run_matrix_tile(t, tile, dk, dv);
+#endif
   const T* q = (const T*)t.s.q + tile.first * t.a.q_row + tile.head * t.a.q_head;
   const T* dout = (const T*)t.d.dout + tile.first * t.g.dout_row + tile.head * t.g.dout_head;
   pack_rows_of(t, q, t.a.q_row, tile.count, scaling(t.a.scale).sign, t.q, t.q_rows);
@@ -503,9 +498,6 @@ void run(const AttentionGradients& g, const GradientTask& task, char* scratch, c
   using M = typename Task<T>::M;
   using Scalar = typename M::Scalar;
   const Task<T> t(g, task.sequence, task.kv_head, scratch);
-#if MK_AMX
-  const Matrices matrices;
-#endif
   Scalar *dk = (Scalar*)sums, *dv = dk + t.sum_keys() * t.columns;
   __builtin_memset(sums, 0, 2 * t.sum_keys() * t.columns * sizeof(Scalar));
   pack_keys_of(t);
@@ -515,15 +507,8 @@ void run(const AttentionGradients& g, const GradientTask& task, char* scratch, c
     const int64_t from = most(first_visible(t.a, t.s, first) - t.start, 0);
     tile.base = least(round_down(from, panel_keys<M>), t.keys);
     tile.end = most(tile.base, round_up(end_visible(t.a, t.s, first + tile.count - 1) - t.start, 2 * M::width));
-    for (tile.head = task.kv_head * group; tile.head < (task.kv_head + 1) * group; tile.head++) {
-#if MK_AMX
-      if constexpr (by_matrices<M>) {
-        run_matrix_tile(t, tile, dk, dv);
-        continue;
-      }
-#endif
+    for (tile.head = task.kv_head * group; tile.head < (task.kv_head + 1) * group; tile.head++)
       run_tile(t, tile, dk, dv);
-    }
   }
 }
 
@@ -549,23 +534,22 @@ void finish(const AttentionGradients& g, const GradientTask& task, char* sums, i
     T* out = (T*)(which ? t.d.dv : t.d.dk) + key * row + task.kv_head * t.a.dim;
     store_n(out + d, which ? v : v * scale, least(M::width, t.a.dim - d));
   };
-  for (int which = 0; which < 2; which++)
-    for (int64_t d = 0; d < t.a.dim; d += M::width) {
-      for (int64_t key = 0; key < t.start; key++) write(which, key, d, Vec{});
-      for (int64_t key = t.start; key < t.s.keys; key += by_matrices<M> ? M::width : 1) {
+  const auto sum = [&](int64_t at) { return sum_of_parts<M>(sums, task.parts, sums_bytes, at); };
+  for (int64_t key = 0; key < t.start; key++)
+    for (int which = 0; which < 2; which++)
+      for (int64_t d = 0; d < t.a.dim; d += M::width) write(which, key, d, Vec{});
+  for (int64_t key = t.start; key < t.s.keys; key += by_matrices<M> ? M::width : 1)
+    for (int which = 0; which < 2; which++)
+      for (int64_t d = 0; d < t.a.dim; d += M::width) {
         if constexpr (by_matrices<M>) {
           Vec block[M::width];
-          for (int i = 0; i < M::width; i++)
-            block[i] =
-                sum_of_parts<M>(sums, task.parts, sums_bytes, which * second + (d + i) * t.sum_keys() + key - t.start);
+          for (int i = 0; i < M::width; i++) block[i] = sum(which * second + (d + i) * t.sum_keys() + key - t.start);
           transpose(block);
           for (int64_t i = 0; i < least(M::width, t.s.keys - key); i++) write(which, key + i, d, block[i]);
         } else {
-          write(which, key, d,
-                sum_of_parts<M>(sums, task.parts, sums_bytes, which * second + (key - t.start) * t.columns + d));
+          write(which, key, d, sum(which * second + (key - t.start) * t.columns + d));
         }
       }
-    }
 }
 
 template <class T>

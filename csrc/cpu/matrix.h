@@ -101,6 +101,17 @@ MK_INLINE void multiply_matrices(const void* a, int64_t a_row, Right b, int64_t 
 
 #undef MK_MULTIPLY
 
+template <int>
+struct Registers {};
+
+// f(column, how many registers) over all columns, which are a multiple of 16.
+template <class F>
+MK_INLINE void each_registers(int64_t columns, F f) {
+  int64_t c = 0;
+  for (; c + 2 * matrix_rows <= columns; c += 2 * matrix_rows) f(c, Registers<2>());
+  if (c < columns) f(c, Registers<1>());
+}
+
 }  // namespace
 }  // namespace mk::MK_ISA
 
