@@ -56,16 +56,15 @@ def _products(report, ptx):
     """Tensor cores in the main loop, its tiles by TMA or in pieces of 16 bytes. sm_90 has HMMA at D=256."""
     loop = main_loop(report)
     found = [] if any(loop.get(n) for n in ("HMMA", "HGMMA", "UTCMMA")) else [f"no tensor cores: {loop}"]
-    if narrow := [n for n in report["count"] if re.fullmatch(r"LDGSTS\.(8|16|64)", n)]:  # of 32 are lse and delta
+    products = [each for each in report["loops"] if any(each.get(name) for name in ("HMMA", "HGMMA", "UTCMMA"))]
+    # Of 32 bits are lse and delta.
+    if narrow := [n for each in products for n in each if re.fullmatch(r"LDGSTS\.(8|16|64)", n)]:
         found.append(f"narrow copies: {narrow}")
     wide = loop.get("UTMALDG") or loop.get("LDGSTS.128") or loop.get("LDG.128")
     return found if wide else [*found, f"no wide copies: {loop}"]
 
 
 TENSOR = dict(check=_products, mma=True)
-# D=128 on sm_90 loads and stores up to 8 values a block under Triton 3.9. The tile without that takes 12% more time on
-# an H200.
-RELOADS = TENSOR | dict(reloads=8)
 SPECS = [
     Spec("rms_norm backward 128", _norm(128), narrow=2, slow=True),
     Spec("rms_norm backward 576", _norm(576), narrow=2),
@@ -82,20 +81,15 @@ SPECS = [
     Spec(
         "swiglu_packed backward", lambda _: swiglu.swiglu_packed_backward(meta(512, 14336), meta(512, 28672)), narrow=0
     ),
-    Spec("attention backward D128", _attention(128), (80, 100), **TENSOR),
-    Spec("attention backward D128", _attention(128), (90,), **RELOADS),
+    Spec("attention backward D128", _attention(128), **TENSOR),
     Spec("attention backward D64", _attention(64), (80, 90), **TENSOR),
     Spec("attention backward D64", _attention(64), (100,), slow=True, **TENSOR),
     Spec("attention backward D256", _attention(256), (80, 100), slow=True, **TENSOR),
     Spec("attention backward D256", _attention(256), (90,), slow=True, check=_products),
-    Spec("attention backward D128 packed", _attention(128, packed=True), (80, 100), slow=True, **TENSOR),
-    Spec("attention backward D128 packed", _attention(128, packed=True), (90,), slow=True, **RELOADS),
-    Spec("attention backward D128 not causal", _attention(128, window=0, causal=False), (80, 100), slow=True, **TENSOR),
-    Spec("attention backward D128 not causal", _attention(128, window=0, causal=False), (90,), slow=True, **RELOADS),
-    Spec("attention backward D128 no window", _attention(128, window=0), (80, 100), slow=True, **TENSOR),
-    Spec("attention backward D128 no window", _attention(128, window=0), (90,), slow=True, **RELOADS),
-    Spec("attention backward D96", _attention(96), (80, 100), slow=True, **TENSOR),
-    Spec("attention backward D96", _attention(96), (90,), slow=True, **RELOADS),
+    Spec("attention backward D128 packed", _attention(128, packed=True), slow=True, **TENSOR),
+    Spec("attention backward D128 not causal", _attention(128, window=0, causal=False), slow=True, **TENSOR),
+    Spec("attention backward D128 no window", _attention(128, window=0), slow=True, **TENSOR),
+    Spec("attention backward D96", _attention(96), slow=True, **TENSOR),
     Spec("attention backward D128 without TMA", _attention(128, tma=False), (90, 100), slow=True, check=_products),
     Spec("attention backward D64 without TMA", _attention(64, tma=False), (90, 100), slow=True, check=_products),
     Spec("attention backward D256 without TMA", _attention(256, tma=False), (90, 100), slow=True, check=_products),

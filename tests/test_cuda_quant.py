@@ -58,6 +58,15 @@ def test_parity(dtype, scheme):
     judge(shapes(scheme), dtype)
 
 
+@pytest.mark.parametrize("rows", [16, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_offsets_that_nearly_cancel(dtype, rows):
+    """Of a ramp the products with the codes, and those with the offset, are far larger than their sum."""
+    case = quantised_case("int4", (rows,), 64, 9, 64, asymmetric=True, bias=True)
+    found = testing.parity(case, dtype, "cuda", device=DEVICE, kind="ramp")
+    assert testing.pooled_max(found) <= 1 and testing.pooled(found) <= 1, found
+
+
 def long_shapes(scheme):
     for i, k in enumerate((1, 2, 15, 16, 17, 31, 32, 33, 63, 65, 127, 128, 129, 200, 515, 700, 1023, 4097)):
         for rows in (1, 2, 4, 5, 16, 17, 64, 65, 130)[i % 3 :: 3]:

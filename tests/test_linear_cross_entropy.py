@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -474,6 +475,7 @@ def resident() -> tuple[int, int]:
 
 MEASURE = """
 import json
+import os
 import test_linear_cross_entropy as tests
 given = tests.inputs(tokens=2048, n=32, vocabulary=8192, dtype=tests.torch.float32)
 tests.peak_memory(None, given)  # pays for threads and kernels
@@ -488,8 +490,9 @@ def test_logits_of_all_tokens_never_exist():
     In a process of its own: memory that other tests freed would be taken again unseen, or given back meanwhile. The
     least of five, since what the allocator gives back between two runs is faulted in again by the next.
     """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-c", MEASURE]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     fused, eager = json.loads(done.stdout)
     logits = 2048 * 8192 * 4
     assert eager > 1.9 * logits

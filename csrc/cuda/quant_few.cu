@@ -35,32 +35,35 @@ template <class T, QuantKind kind, int kRows, bool kWhole>
 __device__ __forceinline__ void add_chunk(const QuantLinear& a, int first, int chunk, const float* nf4,
                                           float (&total)[code_rows][kRows]) {
   const FewCodes<kind, kWhole> codes(a, first, chunk);
-  float part[code_rows][kRows] = {}, sum[kRows] = {};
+  float part[code_rows][kRows] = {};
 #pragma unroll
   for (int s = 0; s < chunk_of<kind> / 8; s++) {
     float w[code_rows][8];
 #pragma unroll
-    for (int r = 0; r < code_rows; r++) decode<kind>(codes.raw[r], s, nf4, w[r]);
+    for (int r = 0; r < code_rows; r++) {
+      decode<kind>(codes.raw[r], s, nf4, w[r]);
+      // Not as sums of its own: where codes and offset nearly cancel, so would those, with the rounding of both.
+      if (has_offset<kind>) {
+#pragma unroll
+        for (int e = 0; e < 8; e++) w[r][e] = fmaf(w[r][e], codes.scale[r], codes.offset[r]);
+      }
+    }
 #pragma unroll
     for (int m = 0; m < kRows; m++) {
       if (kRows > 1 && m >= a.m) break;
       float x[8];
       load_eight<T, kWhole>(static_cast<const T*>(a.x) + m * a.x_row, chunk * chunk_of<kind> + 8 * s, a.k, x);
 #pragma unroll
-      for (int e = 0; e < 8; e++) {
+      for (int e = 0; e < 8; e++)
 #pragma unroll
         for (int r = 0; r < code_rows; r++) part[r][m] = fmaf(x[e], w[r][e], part[r][m]);
-        if (has_offset<kind>) sum[m] += x[e];
-      }
     }
   }
 #pragma unroll
   for (int r = 0; r < code_rows; r++)
 #pragma unroll
-    for (int m = 0; m < kRows; m++) {
-      total[r][m] = fmaf(part[r][m], codes.scale[r], total[r][m]);
-      if (has_offset<kind>) total[r][m] = fmaf(sum[m], codes.offset[r], total[r][m]);
-    }
+    for (int m = 0; m < kRows; m++)
+      total[r][m] = fmaf(part[r][m], has_offset<kind> ? 1.0f : codes.scale[r], total[r][m]);
 }
 
 template <class T>

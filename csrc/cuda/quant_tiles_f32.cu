@@ -71,7 +71,7 @@ __device__ __forceinline__ void load_four(const QuantLinear& a, const float* val
 template <QuantKind kind>
 __device__ __forceinline__ void add_block(const QuantLinear& a, const float* x_tile, const float* weight, int n, int k,
                                           float (&total)[8][4]) {
-  float part[8][4] = {}, x_sum[8] = {}, scale[4], offset[4];
+  float part[8][4] = {}, scale[4], offset[4];
   load_four(a, a.scale, n, k, scale);
   if (has_offset<kind>) load_four(a, a.offset, n, k, offset);
 #pragma unroll 8
@@ -80,21 +80,21 @@ __device__ __forceinline__ void add_block(const QuantLinear& a, const float* x_t
     const float4 low = left[0], high = left[1];
     const float4 right = *reinterpret_cast<const float4*>(weight + e * pitch + threadIdx.x % 16 * 4);
     const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    const float w[4] = {right.x, right.y, right.z, right.w};
+    float w[4] = {right.x, right.y, right.z, right.w};
+    // Not as sums of its own: where codes and offset nearly cancel, so would those, with the rounding of both.
+    if (has_offset<kind>) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
+      for (int j = 0; j < 4; j++) w[j] = fmaf(w[j], scale[j], offset[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++) part[i][j] = fmaf(x[i], w[j], part[i][j]);
-      if (has_offset<kind>) x_sum[i] += x[i];
-    }
   }
 #pragma unroll
   for (int i = 0; i < 8; i++)
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      total[i][j] = fmaf(part[i][j], scale[j], total[i][j]);
-      if (has_offset<kind>) total[i][j] = fmaf(x_sum[i], offset[j], total[i][j]);
-    }
+    for (int j = 0; j < 4; j++) total[i][j] = fmaf(part[i][j], has_offset<kind> ? 1.0f : scale[j], total[i][j]);
 }
 
 template <QuantKind kind>

@@ -19,7 +19,7 @@ const TorchDtypes& torch_dtypes() {
 
 Dtype dtype_of(const Tensor& t) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   for (int i = 0; i < dtypes; i++)
     if (torch_dtypes().of[i] == dtype) return static_cast<Dtype>(i);
   STD_TORCH_CHECK(false, "a tensor is of a dtype other than float32, bfloat16, float16 and float64");
@@ -27,7 +27,7 @@ Dtype dtype_of(const Tensor& t) {
 
 bool is_int8(const Tensor& t) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype == aoti_torch_dtype_int8();
 }
 
@@ -44,7 +44,7 @@ AtenTensorHandle pooled(int64_t bytes, int64_t dims, const int64_t* sizes, const
       torch_from_blob(block, dims, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
                       aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(intptr_t{size}));
   if (error) pool_give(block, size);
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  TORCH_ERROR_CODE_CHECK(error);
   return handle;
 }
 
@@ -61,15 +61,15 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const 
   }
   int32_t device = aoti_torch_device_type_cpu(), index = 0;
   if (like) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
   }
   const int32_t type = torch_dtypes().of[static_cast<int>(dtype)];
   const int64_t bytes = stride * size_of(dtype);
   const bool large = bytes >= large_output && device == aoti_torch_device_type_cpu();
   AtenTensorHandle handle = large ? pooled(bytes, dims, sizes.data(), strides, type) : nullptr;
   if (handle) return Tensor(handle);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, type, device, index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, type, device, index, &handle));
   const Tensor fresh(handle);
   if (large && fresh.numel()) advise_huge(fresh.mutable_data_ptr(), bytes);
   return fresh;

@@ -22,7 +22,7 @@ CurrentStream current_stream() {
 
 Device::Device(const Tensor& t) : index_(t.get_device_index()) {
   DeviceGuardHandle guard;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(index_, &guard));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(index_, &guard));
   guard_ = guard;
 }
 
@@ -30,7 +30,7 @@ Device::~Device() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle
 
 void* Device::stream() const {
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(index_, &stream));
+  TORCH_ERROR_CODE_CHECK(current_stream()(index_, &stream));
   return stream;
 }
 

@@ -64,8 +64,7 @@ Tensor as_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
     stride *= sizes.begin()[d];
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), sizes.size(), sizes.begin(), strides, 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), sizes.size(), sizes.begin(), strides, 0, &handle));
   return Tensor(handle);
 }
 

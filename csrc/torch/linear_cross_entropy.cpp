@@ -154,7 +154,7 @@ class Loss {
                     "hidden must be [T, N] and weight [V, N], V at least 1");
     STD_TORCH_CHECK(dtype_of(weight) == dtype_of(hidden), "hidden and weight must be of one dtype");
     int32_t dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(labels.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(labels.get(), &dtype));
     STD_TORCH_CHECK(dtype == aoti_torch_dtype_int64() && labels.dim() == 1 && labels.numel() == hidden.size(0),
                     "labels must be int64 [", hidden.size(0), "]");
     return hidden.size(0);

@@ -14,7 +14,7 @@ inline void check_quantised(Scheme scheme, const Tensor& x, const Tensor& codes,
   const int64_t k = x.size(-1), n = codes.size(0);
   const bool bytes = in_bytes(scheme);
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(codes.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(codes.get(), &dtype));
   STD_TORCH_CHECK(dtype == (bytes ? aoti_torch_dtype_int8() : aoti_torch_dtype_uint8()), "codes must be ",
                   bytes ? "int8" : "uint8");
   STD_TORCH_CHECK(codes.size(1) == (bytes ? k : (k + 31) / 32 * 16), "codes must be [N, ",

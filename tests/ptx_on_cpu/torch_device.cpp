@@ -32,7 +32,7 @@ Tensor device_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype,
     if (!sizes[d]) return empty(sizes, dtype);
   void* memory = emu_allocate(static_cast<size_t>(count * size_of(dtype)));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
       memory, dims, sizes.data(), strides, 0, dtypes_of[static_cast<int>(dtype)], aoti_torch_device_type_cpu(), -1,
       &handle, aoti_torch_layout_strided(), nullptr, 0, [](void* p, void*) { emu_free(p); }, memory));
   return Tensor(handle);

@@ -18,15 +18,26 @@ from .triton_blocks import LOG2E, load_keys, load_rows, product
 
 
 @triton.jit
-def locate(CuQ, b, h, H, S, T, PACKED: tl.constexpr):
-    """A sequence's first token (of all), its length, and where its head's rows start in lse."""
+def locate(CuQ, b, S, PACKED: tl.constexpr):
+    """A sequence's first token (of all), and its length."""
     q0 = b * S
-    row = (b * H + h) * S
     if PACKED:
         q0 = tl.cast(tl.load(CuQ + b), tl.int64)
         S = tl.load(CuQ + b + 1) - tl.load(CuQ + b)
-        row = h * T + q0
-    return q0, S, row
+    return q0, S
+
+
+@triton.jit
+def statistics_of(b, h, q0, H, pitch, PACKED: tl.constexpr):
+    """Where a head's numbers start in Top, Lse2 and Delta: a multiple of 4, since TMA reads from multiples of 16 bytes.
+
+    `pitch` numbers lie from one head to the next; packed, each sequence has up to 4 more than it needs.
+    """
+    if PACKED:
+        start = h * pitch + (q0 + 3) // 4 * 4 + 4 * b
+    else:
+        start = (b * H + h) * pitch
+    return start
 
 
 @triton.jit
@@ -160,10 +171,11 @@ def _dq_block(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee"), sums, sizes
 
 
-@triton.jit(do_not_specialize=["S", "Sk", "W", "T", "blocks"])
+@triton.jit(do_not_specialize=["S", "Sk", "W", "T", "pitch", "blocks"])
 def attention_dq(
     Q, K, V, DOut, Out, Lse, DLse, Top, Lse2, Delta, DQ, CuQ, CuK, scale,
-    s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_db, s_dm, s_dh, s_ob, s_om, s_oh, H, G, S, Sk, W, T, blocks,
+    s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_db, s_dm, s_dh, s_ob, s_om, s_oh, H, G, S, Sk, W, T,
+    pitch, blocks,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -174,8 +186,8 @@ def attention_dq(
     kv_head = tl.cast((rest // blocks) % (H // G), tl.int64)
     b = tl.cast(rest // blocks // (H // G), tl.int64)
     h = kv_head * G + tl.program_id(0) % G
-    q0, S, row = locate(CuQ, b, h, H, S, T, PACKED)
-    k0, Sk, _ = locate(CuK, b, kv_head, H, Sk, T, PACKED)
+    q0, S = locate(CuQ, b, S, PACKED)
+    k0, Sk = locate(CuK, b, Sk, PACKED)
     if first_row >= S:
         return
     K += batch(b, k0, s_kb, s_kn, PACKED) + kv_head * s_kh
@@ -205,7 +217,11 @@ def attention_dq(
 
     q_ptr = Q + batch(b, q0, s_qb, s_qm, PACKED) + h * s_qh + start * s_qm
     d_ptr = DOut + batch(b, q0, s_db, s_dm, PACKED) + h * s_dh + start * s_dm
+    row = (b * H + h) * S
+    if PACKED:
+        row = h * T + q0
     at = row + first_row + rows
+    own = statistics_of(b, h, q0, H, pitch, PACKED) + first_row + rows
     lse = tl.load(Lse + at, mask=live, other=float("-inf"))
     dlse = tl.load(DLse + at, mask=live, other=0.0)
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
@@ -225,8 +241,8 @@ def attention_dq(
         )
         lse2 = tl.where(den == 0.0, 0.0, tl.div_rn(1.0, tl.where(den == 0.0, 1.0, den)))
         delta = tl.div_rn(delta, tl.where(den == 0.0, 1.0, den)) - dlse
-        tl.store(Top + at, top, mask=live)
-        tl.store(Delta + at, delta, mask=live)
+        tl.store(Top + own, top, mask=live)
+        tl.store(Delta + own, delta, mask=live)
         full_lo = lo
         full_hi = lo
     else:
@@ -235,7 +251,7 @@ def attention_dq(
         o_ptr = Out + batch(b, q0, s_ob, s_om, PACKED) + h * s_oh + start * s_om
         o = load_rows(o_ptr + (rows[:, None] * s_om + columns[None, :]), live, columns, D, DP, False)
         delta = tl.sum(o.to(tl.float32) * dout.to(tl.float32), 1) - dlse
-    tl.store(Lse2 + at, lse2, mask=live)
+    tl.store(Lse2 + own, lse2, mask=live)
     dq = tl.zeros([BM, DP], tl.float32)
     sums = tl.zeros([BM], tl.float32)
     sizes = tl.zeros([BM], tl.float32)
@@ -259,7 +275,7 @@ def attention_dq(
     if not EXACT:
         # What the rows of dS sum to beyond dlse is what delta lacks.
         lacks = tl.where(live, sums - dlse, 0.0)
-        tl.store(Delta + at, delta + lacks, mask=live)
+        tl.store(Delta + own, delta + lacks, mask=live)
         rounding: tl.constexpr = 2.0**-12 if q.dtype == tl.float16 else 2.0**-9
         again = tl.max(tl.abs(lacks), 0) > rounding * tl.max(tl.where(live, sizes, 0.0), 0)
         dq = tl.where(again, 0.0, dq)
@@ -290,11 +306,31 @@ def load_queries(
 
 
 @triton.jit
+def load_statistic(source, start, count, other, BM: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr):
+    """BM rows' lse or delta from `start` on; `other` from `count` on, unless EVEN says there are none.
+
+    `source` is a pointer or, with TMA, the descriptor of the statistics of all rows: as pointers, Triton 3.6 would copy
+    each number into every thread that needs it, 4 bytes at a time.
+    """
+    rows = tl.arange(0, BM)
+    if TMA:
+        statistic = source.load([tl.cast(start, tl.int32)])
+        if not EVEN:
+            statistic = tl.where(rows < count, statistic, other)
+    else:
+        if EVEN:
+            statistic = tl.load(source + start + rows)
+        else:
+            statistic = tl.load(source + start + rows, mask=rows < count, other=other)
+    return statistic
+
+
+@triton.jit
 def _dkv_blocks(
-    dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, Lse2, Delta, first, count, h0, row, row_h, n0, S, shift, scale2,
-    W, s_qm, s_qh, s_dm, s_dh, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
+    dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, lse_from, delta_from, first, count, h0, row, pitch, n0, S, shift,
+    scale2, W, s_qm, s_qh, s_dm, s_dh, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """`count` blocks of queries of each of the group's heads, in one loop: so its pipeline fills once.
 
@@ -302,24 +338,19 @@ def _dkv_blocks(
     their live rows.
     """
     rows = tl.arange(0, BM)
-    for t in tl.range(0, count * G, num_stages=STAGES):
-        g = t // count
-        m = first + (t - g * count) * BM
-        q = load_queries(Q, q_desc, h0 + g, m, S, s_qm, s_qh, D, DP, BM, TMA, not MASKED)
-        dout = load_queries(DOut, d_desc, h0 + g, m, S, s_dm, s_dh, D, DP, BM, TMA, not MASKED)
-        at = row + tl.cast(h0 + g, tl.int64) * row_h + m + rows
-        if MASKED:
-            lse2 = tl.load(Lse2 + at, mask=m + rows < S, other=0.0 if EXACT else float("inf"))
-            delta = tl.load(Delta + at, mask=m + rows < S, other=0.0)
-        else:
-            lse2 = tl.load(Lse2 + at)
-            delta = tl.load(Delta + at)
+    m = first
+    h = h0
+    for _ in tl.range(0, count * G, num_stages=STAGES):
+        q = load_queries(Q, q_desc, h, m, S, s_qm, s_qh, D, DP, BM, TMA, not MASKED)
+        dout = load_queries(DOut, d_desc, h, m, S, s_dm, s_dh, D, DP, BM, TMA, not MASKED)
+        at = row + tl.cast(h, tl.int64) * pitch + m
+        lse2 = load_statistic(lse_from, at, S - m, 0.0 if EXACT else float("inf"), BM, TMA, not MASKED)
+        delta = load_statistic(delta_from, at, S - m, 0.0, BM, TMA, not MASKED)
         top = lse2
         if EXACT:
-            top = tl.load(Top + at, mask=m + rows < S, other=0.0)
-            h = tl.cast(h0 + g, tl.int64)
-            q_rows = Q + h * s_qh + (m + rows).to(tl.int64) * s_qm
-            d_rows = DOut + h * s_dh + (m + rows).to(tl.int64) * s_dm
+            top = load_statistic(Top, at, S - m, 0.0, BM, False, False)
+            q_rows = Q + tl.cast(h, tl.int64) * s_qh + (m + rows).to(tl.int64) * s_qm
+            d_rows = DOut + tl.cast(h, tl.int64) * s_dh + (m + rows).to(tl.int64) * s_dm
             # In the order of the dq kernel: a score that is its row's largest must come out as `top` to the bit.
             scores, dp = chunked_products(q_rows, d_rows, m + rows < S, k, v, live, D, DP, BM, BN)
             scores, dp = tl.trans(scores), tl.trans(dp)
@@ -332,26 +363,29 @@ def _dkv_blocks(
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        # Quicker than dividing a running index.
+        m += BM
+        ended = m == first + count * BM
+        m = tl.where(ended, first, m)
+        h = tl.where(ended, h + 1, h)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["S", "Sk", "W", "T", "blocks"])
+@triton.jit(do_not_specialize=["S", "Sk", "W", "pitch", "blocks", "statistics"])
 def attention_dkv(
     Q, K, V, DOut, Top, Lse2, Delta, DK, DV, CuQ, CuK, scale,
-    s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_db, s_dm, s_dh, H, S, Sk, W, T, blocks,
+    s_qb, s_qm, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_db, s_dm, s_dh, H, S, Sk, W, pitch, blocks, statistics,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN keys of one head, and all heads of queries that share it."""
+    """One program: BN keys of one head, and all heads of queries that share it. `statistics`: numbers in Lse2."""
     n0 = tl.program_id(0) % blocks * BN
     heads = H // G
     kv_head = tl.cast(tl.program_id(0) // blocks % heads, tl.int64)
     b = tl.cast(tl.program_id(0) // blocks // heads, tl.int64)
-    row_h = S
-    if PACKED:
-        row_h = T
-    q0, S, row = locate(CuQ, b, 0, H, S, T, PACKED)
-    k0, Sk, _ = locate(CuK, b, 0, H, Sk, T, PACKED)
+    q0, S = locate(CuQ, b, S, PACKED)
+    k0, Sk = locate(CuK, b, Sk, PACKED)
+    row = statistics_of(b, 0, q0, H, pitch, PACKED)
     if n0 >= Sk:
         return
     Q += batch(b, q0, s_qb, s_qm, PACKED)
@@ -370,9 +404,13 @@ def attention_dkv(
         v = load_rows(v_ptr + (keys[:, None] * s_vn + columns[None, :]), live, columns, D, DP, False)
     q_desc = 0
     d_desc = 0
+    lse_from = Lse2
+    delta_from = Delta
     if TMA:
         q_desc = tl.make_tensor_descriptor(Q, [S, H, D], [s_qm, s_qh, 1], [BM, 1, DP])
         d_desc = tl.make_tensor_descriptor(DOut, [S, H, D], [s_dm, s_dh, 1], [BM, 1, DP])
+        lse_from = tl.make_tensor_descriptor(Lse2, [statistics], [1], [BM])
+        delta_from = tl.make_tensor_descriptor(Delta, [statistics], [1], [BM])
 
     # Queries lo..hi see some key of the tile, those of full_lo..full_hi all of them. Rows past the last key of the
     # sequence are never stored, so that they need no mask.
@@ -401,18 +439,20 @@ def attention_dkv(
     dv = tl.zeros([BN, DP], tl.float32)
     if CAUSAL and not EXACT:
         dk, dv = _dkv_blocks(
-            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, Lse2, Delta, lo, (full_lo - lo) // BM, h0, row, row_h, n0,
-            S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL, WINDOW,
+            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, lse_from, delta_from, lo, (full_lo - lo) // BM, h0, row,
+            pitch, n0, S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL,
+            WINDOW,
         )  # fmt: skip
     if not EXACT:
         dk, dv = _dkv_blocks(
-            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, Lse2, Delta, full_lo, (full_hi - full_lo) // BM, h0, row,
-            row_h, n0, S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, False, EXACT,
-            CAUSAL, WINDOW,
+            dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, lse_from, delta_from, full_lo, (full_hi - full_lo) // BM,
+            h0, row, pitch, n0, S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, False,
+            EXACT, CAUSAL, WINDOW,
         )  # fmt: skip
     dk, dv = _dkv_blocks(
-        dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, Lse2, Delta, full_hi, (end - full_hi) // BM, h0, row, row_h,
-        n0, S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL, WINDOW,
+        dk, dv, k, v, live, Q, q_desc, DOut, d_desc, Top, lse_from, delta_from, full_hi, (end - full_hi) // BM, h0, row,
+        pitch, n0, S, shift, scale2, W, s_qm, s_qh, s_dm, s_dh, G, D, DP, BM, BN, STAGES, TMA, True, EXACT, CAUSAL,
+        WINDOW,
     )  # fmt: skip
     at = ((k0 + n0) * heads + kv_head) * D + (keys[:, None] * (heads * D) + columns[None, :])
     mask = live[:, None] & (columns < D)[None, :]
