@@ -3,15 +3,16 @@
     python scripts/torch_abi.py [--json docs/torch_abi.json] TORCH...
 
 torch-abi-audit reads the library's symbols. Then the wheel is imported under each TORCH (2.11.0, say, as pip installs
-it: from PyPI that is a torch for CUDA), and the tests of the C++ kernels run on it, with a GPU or without. Under the
-environment's own torch, with which `make test` runs them all, only those of the elementwise ops do. Each TORCH has an
-environment of its own in .venvs, with the packages of .venv behind it; one for CUDA takes some 6 GB. Exit status 1
-where the audit or a test fails.
+it: from PyPI that is a torch for CUDA), and the tests of the C++ kernels run on it, with a GPU or without; the sources
+that include torch are compiled with its headers. Under the environment's own torch, with which `make test` runs all
+tests, only those of the elementwise ops do. Each TORCH has an environment of its own in .venvs, with the packages of
+.venv behind it; one for CUDA takes some 6 GB. Exit status 1 where the audit, a test or a compiler fails.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,25 @@ def tested(python: str, package: Path, names: tuple[str, ...] = TESTS) -> dict:
     return row
 
 
+def compiled(python: str) -> int:
+    """How many sources compile with the headers of this Python's torch: all of csrc/torch."""
+    find = "import torch; from pathlib import Path; print(Path(torch.__file__).parent / 'include')"
+    include = call([python, "-c", find]).strip()
+    target = re.search(r'TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text())[1]
+    flags = [
+        "-std=c++20",
+        "-fsyntax-only",
+        "-w",
+        f"-I{ROOT / 'csrc'}",
+        "-DMK_X86=1",
+        f"-DTORCH_TARGET_VERSION={target}",
+    ]
+    sources = sorted((ROOT / "csrc/torch").glob("*.cpp"))
+    for source in sources:
+        call([os.environ.get("CXX", "g++"), *flags, "-isystem", include, str(source)])
+    return len(sources)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("torch", nargs="*", help="versions of torch, as pip takes them")
@@ -92,7 +112,8 @@ def main() -> None:
     found = dict(audit=audit(package), runs=[tested(sys.executable, package, TESTS[:1])])
     print(found["audit"], flush=True)
     for version in options.torch:
-        found["runs"].append(tested(environment(f"torch-{version}", f"torch=={version}"), package))
+        python = environment(f"torch-{version}", f"torch=={version}")
+        found["runs"].append(tested(python, package) | dict(sources_compiled=compiled(python)))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
