@@ -57,8 +57,9 @@ def _products(report, ptx):
     loop = main_loop(report)
     found = [] if any(loop.get(n) for n in ("HMMA", "HGMMA", "UTCMMA")) else [f"no tensor cores: {loop}"]
     products = [each for each in report["loops"] if any(each.get(name) for name in ("HMMA", "HGMMA", "UTCMMA"))]
-    # Of 32 bits are lse and delta.
-    if narrow := [n for each in products for n in each if re.fullmatch(r"LDGSTS\.(8|16|64)", n)]:
+    # Of 32 bits are lse and delta, and before a loop of 64: there Triton 3.6 knows that the first pairs are aligned.
+    narrow = [n for n in report["count"] if re.fullmatch(r"LDGSTS\.(8|16)", n)]
+    if narrow := narrow + [n for each in products for n in each if n == "LDGSTS.64"]:
         found.append(f"narrow copies: {narrow}")
     wide = loop.get("UTMALDG") or loop.get("LDGSTS.128") or loop.get("LDG.128")
     return found if wide else [*found, f"no wide copies: {loop}"]

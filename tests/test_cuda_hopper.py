@@ -78,7 +78,7 @@ def test_full_grid(dim, dtype, kind):
 
 # Eager's lse comes from products summed in float32, a tensor core cuts every addend 25 bits below the largest: of wide
 # heads, and the more where scores are large, that is over 1.1 times eager's RMS error. An H100 says the same.
-# How far off eager is depends on the processor it runs on: not every one of these fails on each.
+# Of large scores eager is on some processors as far off.
 OVER_BUDGET = {
     *((200, dtype, kind) for dtype in (BF16, F16) for kind in ("ramp", "large")),
     (256, BF16, "large"),
@@ -89,7 +89,8 @@ OVER_BUDGET = {
 def of_wide_heads():
     for case in itertools.product((200, 256), (BF16, F16), ("gaussian", "ramp", "one_hot", "large")):
         why = "the RMS error of lse is over the budget on tensor cores (docs/cuda.md)"
-        yield pytest.param(*case, marks=pytest.mark.xfail(reason=why) if case in OVER_BUDGET else ())
+        fails = pytest.mark.xfail(strict=case[-1] != "large", reason=why)
+        yield pytest.param(*case, marks=fails if case in OVER_BUDGET else ())
 
 
 @pytest.mark.slow

@@ -475,7 +475,6 @@ def resident() -> tuple[int, int]:
 
 MEASURE = """
 import json
-import os
 import test_linear_cross_entropy as tests
 given = tests.inputs(tokens=2048, n=32, vocabulary=8192, dtype=tests.torch.float32)
 tests.peak_memory(None, given)  # pays for threads and kernels
