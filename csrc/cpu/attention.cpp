@@ -115,23 +115,36 @@ MK_INLINE void strip_values(const Tile<M>& t, int64_t row, int64_t key, int64_t 
     }
 }
 
-// Scores become probabilities for `count` rows; factors[r] is that for what was summed before. Returns whether nothing
-// was.
+// Online softmax (Milakov and Gimelshein 2018) of `count` rows: scores become probabilities relative to the largest so
+// far; factors[r] is that for what was summed before. Returns whether nothing was. The factors, of which most are 1, are
+// computed for all rows at once: neither a call nor a branch for each.
 template <class M>
 MK_INLINE bool strip_softmax(const Tile<M>& t, int64_t count, int64_t row, int64_t query, int64_t first, int64_t last,
                              typename M::Scalar* factors) {
-  const int64_t base = t.s.first_key + first;
+  const int64_t base = t.s.first_key + first, keys = last - first;
   bool fresh = true;
   for (int64_t r = 0; r < count; r++) {
-    fresh &= t.states[row + r].top == -INFINITY;
-    typename M::Scalar* scores = t.scores + r * block_keys<M>;
-    mask_row<M>(scores, last - first, first_visible(t.a, t.s, query + r) - base,
-                end_visible(t.a, t.s, query + r) - base);
-    factors[r] = softmax_row<M>(scores, t.probabilities + r * (block_keys<M> / M::step), last - first, t.scale,
-                                t.states[row + r]);
+    typename M::Scalar *scores = t.scores + r * block_keys<M>, &top = t.states[row + r].top;
+    mask_row<M>(scores, keys, first_visible(t.a, t.s, query + r) - base, end_visible(t.a, t.s, query + r) - base);
+    const typename M::Scalar before = top;
+    fresh &= before == -INFINITY;
+    top = larger(largest_of_row<M>(scores, keys), before);
+    factors[r] = (before - base_of(top)) * t.scale;
+  }
+  for (int64_t r = 0; r < count; r += M::width)
+    store_words(factors + r, exp2_negative<M::degree>(load_words<typename M::Vec>(factors + r)));
+  for (int64_t r = 0; r < count; r++) {
+    RowState<typename M::Scalar>& state = t.states[row + r];
+    state.sum = state.sum * factors[r] + exponentials<M>(t.scores + r * block_keys<M>,
+                                                         t.probabilities + r * (block_keys<M> / M::step), keys,
+                                                         base_of(state.top), t.scale);
   }
   return fresh;
 }
+
+// Room for the factors of a strip's rows, by whole vectors.
+template <class M>
+constexpr int64_t strip_factors = (rows_of_strip<M> + M::width - 1) / M::width * M::width;
 
 // Of the keys [first, last) those that any of `rows` queries from `query` on sees, to whole units of both ends.
 template <class M>
@@ -157,7 +170,7 @@ void strip(const Tile<M>& t, int64_t row, int64_t query, int64_t first, int64_t 
       key += n;
     }
   }
-  typename M::Scalar factors[MR];
+  typename M::Scalar factors[strip_factors<M>] = {};
   const typename M::Scalar* factor = strip_softmax(t, MR, row, query, first, last, factors) ? nullptr : factors;
   int64_t d = 0;
   for (; d + n <= t.columns; d += n) strip_values<M, MR, strip_vectors>(t, row, first, last - first, d, factor);
@@ -194,7 +207,7 @@ void matrix_strip(const Tile<M>& t, int64_t count, int64_t row, int64_t query, i
   for (int64_t key = first; key < last; key += 2 * lanes)
     multiply_matrices<false, MT, 2>(t.q + row * t.q_row, t.q_row * 4, key_columns(t.k, t.q_words, key),
                                     t.q_words / matrix_words, t.scores + key - first, block_keys<M> * 4, true);
-  float factors[MT * matrix_rows];
+  float factors[strip_factors<M>];
   const float* factor = strip_softmax(t, count, row, query, first, last, factors) ? nullptr : factors;
   each_registers(t.columns, [&]<int NT>(int64_t d, Registers<NT>) {
     matrix_values<M, MT, NT>(t, count, row, first, last - first, d, factor);

@@ -100,4 +100,4 @@ static inline int64_t end_visible(const Attention& a, const AttentionSequence& s
 }  // namespace mk
 
 MK_MATRIX_KERNELS(AttentionKernels, attention)
-MK_KERNELS(DecodeKernels, attention_decode)
+MK_MATRIX_KERNELS(DecodeKernels, attention_decode)

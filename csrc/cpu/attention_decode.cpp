@@ -3,14 +3,20 @@
 // piece is read in two passes, so that each row has one softmax a piece. int8 codes become numbers in registers; their
 // scales multiply the scores, and the probabilities on their way to the values.
 #include "cpu/attention.h"
+#include "cpu/attention_decode_matrix.h"
 #include "cpu/attention_pack.h"
 #include "cpu/codes.h"
 
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int row_step = 4;
+constexpr int rows_at_once = 4;
 constexpr int64_t value_tile = 32;  // keys whose values are added up in registers
+#if MK_AMX
+constexpr int64_t tail_keys = matrix_keys;
+#else
+constexpr int64_t tail_keys = value_tile;
+#endif
 // Prefetched into L2: keys 16 rows ahead, values one head ahead (4096 bf16 keys on Zen 5: 21 GB/s a thread instead of
 // 13).
 constexpr int64_t key_ahead = 16;
@@ -22,13 +28,20 @@ constexpr int row_unit = M::width * M::step;  // elements in a vector of words
 template <class M>
 constexpr int64_t score_row = piece_keys + max_spans + 2 * M::width - (piece_keys + max_spans) % (2 * M::width);
 
+// Rows of a head in the buffers; those that follow the real ones are computed, and nobody reads them.
+template <class M>
+MK_INLINE int64_t padded_rows(int64_t rows) {
+  return round_up(rows, by_matrices<M> && rows > rows_unit<M> ? rows_unit<M> : rows_at_once);
+}
+
 template <class T>
 DecodeSizes sizes(int64_t dim, int64_t rows) {
   using M = typename ArithmeticOf<T>::type;
   using Scalar = typename M::Scalar;
-  const int64_t n = round_up(dim, row_unit<M>), all = decode_heads * round_up(rows, row_step);
-  return {all * (n / M::step * (int64_t)sizeof(typename M::Word) + score_row<M> * (int64_t)sizeof(Scalar)) +
-              2 * score_row<M> * (int64_t)sizeof(Scalar) + value_tile * n * (int64_t)sizeof(T),
+  const int64_t n = round_up(dim, row_unit<M>), all = decode_heads * padded_rows<M>(rows);
+  const int64_t words = n / M::step, blocks = by_matrices<M> ? decode_heads * round_up(rows, 16) : 0;
+  return {(all + blocks) * words * (int64_t)sizeof(typename M::Word) +
+              (all + 2) * score_row<M> * (int64_t)sizeof(Scalar) + tail_keys * n * (int64_t)sizeof(T),
           all * (n * (int64_t)sizeof(Scalar) + (int64_t)sizeof(RowState<Scalar>))};
 }
 
@@ -45,6 +58,7 @@ struct Decode {
   using Scalar = typename M::Scalar;
   using Word = typename M::Word;
   using State = RowState<Scalar>;
+  static constexpr int64_t score_stride = score_row<M>;
   const Attention& a;
   const AttentionSequence& s;
   const AttentionItem& item;
@@ -55,6 +69,7 @@ struct Decode {
   Scalar *k_scale, *v_scale;  // of a head's keys, in the places of their scores
   State* states;
   char* copy;
+  Word* q_blocks;  // for the matrix unit
   bool codes = false;  // in any of the spans
   Segment segments[max_spans];
 
@@ -62,7 +77,7 @@ struct Decode {
       : a(a), s(a.sequences[item.sequence]), item(item) {
     group = a.heads / a.kv_heads;
     rows = group * s.queries;
-    all_rows = round_up(rows, row_step);
+    all_rows = padded_rows<M>(rows);
     n = round_up(a.dim, row_unit<M>);
     words = n / M::step;
     scale = (Scalar)(scaling(a.scale).magnitude * log2_e);
@@ -71,6 +86,7 @@ struct Decode {
     k_scale = scores + item.heads * all_rows * score_row<M>;
     v_scale = k_scale + score_row<M>;
     copy = (char*)(v_scale + score_row<M>);
+    q_blocks = (Word*)(copy + tail_keys * n * sizeof(T));
     acc = (Scalar*)(a.partials + item.partial * a.partial_bytes);
     states = (State*)(acc + item.heads * all_rows * n);
     int64_t begin = 0, place = 0;
@@ -87,7 +103,7 @@ template <int>
 struct Number {};
 
 template <class T>
-constexpr int widest = Decode<T>::M::width < row_step ? 2 : row_step;
+constexpr int widest = Decode<T>::M::width < rows_at_once ? 2 : rows_at_once;
 
 // f(row, how many) for groups of the rows that share a KV head; rows past the last are computed and never read.
 template <class T, class F>
@@ -102,15 +118,17 @@ MK_INLINE void each_rows(const Decode<T>& t, F f) {
   }
 }
 
-// Rows of up to `value_tile` keys that are not whole vectors are copied to a place where zeros follow. K is T or int8.
+// Rows of up to `tail_keys` keys that are not whole vectors, or fewer than are `needed`, are copied to a place where
+// zeros follow. K is T or int8.
 template <class T, class K>
-MK_INLINE const K* whole_rows(const Decode<T>& t, const K* p, int64_t keys, int64_t& row) {
-  if (t.a.dim == t.n) return p;
+MK_INLINE const K* whole_rows(const Decode<T>& t, const K* p, int64_t keys, int64_t needed, int64_t& row) {
+  if (t.a.dim == t.n && keys == needed) return p;
   K* copy = (K*)t.copy;
   for (int64_t i = 0; i < keys; i++) {
     __builtin_memcpy(copy + i * t.n, p + i * row, t.a.dim * sizeof(K));
     __builtin_memset(copy + i * t.n + t.a.dim, 0, (t.n - t.a.dim) * sizeof(K));
   }
+  __builtin_memset(copy + keys * t.n, 0, (needed - keys) * t.n * sizeof(K));
   row = t.n;
   return copy;
 }
@@ -156,7 +174,7 @@ void segment_scores(const Decode<T>& t, const Segment& s) {
     for (int64_t head = 0; head < t.item.heads; head++) {
       int64_t k_row = s.span->k_row;
       const K* k = (const K*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
-      k = whole_rows(t, k, keys, k_row);
+      k = whole_rows(t, k, keys, keys, k_row);
       each_rows(t, [&]<int n>(int64_t row, Number<n>) {
         row_scores<T, n>(t, k, k_row, keys, head * t.all_rows + row, s.place + i, key_ahead * s.span->k_row);
       });
@@ -227,13 +245,49 @@ void segment_values(const Decode<T>& t, const Segment& s) {
       const bool last = head + 1 == t.item.heads;
       const int64_t ahead = (last ? value_tile * v_row - head * s.span->v_head : s.span->v_head) * (int64_t)sizeof(K);
       const K* v = (const K*)s.span->v + (s.at + i) * v_row + (t.item.head + head) * s.span->v_head;
-      v = whole_rows(t, v, keys, v_row);
+      v = whole_rows(t, v, keys, keys, v_row);
       each_rows(t, [&]<int n>(int64_t row, Number<n>) {
         all_columns<T, n>(t, v, v_row, ahead, keys, head * t.all_rows + row, s.place + i);
       });
     }
   }
 }
+
+#if MK_AMX
+
+template <class T>
+void matrix_segment_scores(const Decode<T>& t, const Segment& s) {
+  for (int64_t i = 0; i < s.count; i += matrix_keys) {
+    const int64_t keys = least(matrix_keys, s.count - i);
+    const int64_t needed = keys > 2 * matrix_rows ? matrix_keys : round_up(keys, matrix_rows);
+    for (int64_t head = 0; head < t.item.heads; head++) {
+      int64_t k_row = s.span->k_row;
+      const T* k = (const T*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
+      k = whole_rows(t, k, keys, needed, k_row);
+      if (needed == matrix_keys)
+        matrix_scores<4>(t, k, k_row, keys, head, s.place + i);
+      else if (needed > matrix_rows)
+        matrix_scores<2>(t, k, k_row, keys, head, s.place + i);
+      else
+        matrix_scores<1>(t, k, k_row, keys, head, s.place + i);
+    }
+  }
+}
+
+template <class T>
+void matrix_segment_values(const Decode<T>& t, const Segment& s) {
+  for (int64_t i = 0; i < s.count; i += matrix_keys) {
+    const int64_t keys = least(matrix_keys, s.count - i);
+    for (int64_t head = 0; head < t.item.heads; head++) {
+      int64_t v_row = s.span->v_row;
+      const T* v = (const T*)s.span->v + (s.at + i) * v_row + (t.item.head + head) * s.span->v_head;
+      v = whole_rows(t, v, keys, round_up(keys, matrix_rows), v_row);
+      matrix_values(t, v, v_row, keys, head, s.place + i);
+    }
+  }
+}
+
+#endif
 
 // The scales of a head's keys, 1 where there is none. Between the segments, where probabilities are 0, anything finite.
 template <class T>
@@ -269,18 +323,57 @@ void softmax(const Decode<T>& t, int64_t head, int64_t row) {
   }
   const int64_t n = most(round_up(end, 2 * M::width), 2 * M::width);
   for (; end < n; end++) scores[end] = -INFINITY;
-  t.states[index] = {-INFINITY, 0};
-  softmax_row<M>(scores, (typename M::Word*)scores, n, t.scale, t.states[index], t.codes ? t.v_scale : nullptr);
+  const auto top = largest_of_row<M>(scores, n);
+  t.states[index] = {top, exponentials<M>(scores, (typename M::Word*)scores, n, base_of(top), t.scale,
+                                          t.codes ? t.v_scale : nullptr)};
 }
 
 template <class T>
 void start(const Decode<T>& t) {
   using M = typename Decode<T>::M;
-  for (int64_t i = 0; i < t.item.heads * t.all_rows; i++) {
-    const int64_t row = least(i % t.all_rows, t.rows - 1), q_head = (t.item.head + i / t.all_rows) * t.group;
-    const T* q = (const T*)t.s.q + row / t.group * t.a.q_row + (q_head + row % t.group) * t.a.q_head;
-    pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + i * t.words);
-    for (int64_t d = 0; d < t.n; d += M::width) store_words(t.acc + i * t.n + d, typename M::Vec{});
+  const int64_t rows = round_up(t.rows, rows_at_once);
+  for (int64_t head = 0; head < t.item.heads; head++)
+    for (int64_t i = head * t.all_rows, end = i + rows; i < end; i++) {
+      const int64_t row = least(i - head * t.all_rows, t.rows - 1), q_head = (t.item.head + head) * t.group;
+      const T* q = (const T*)t.s.q + row / t.group * t.a.q_row + (q_head + row % t.group) * t.a.q_head;
+      pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + i * t.words);
+      for (int64_t d = 0; d < t.n; d += M::width) store_words(t.acc + i * t.n + d, typename M::Vec{});
+    }
+}
+
+template <class T>
+void number_scores(const Decode<T>& t, const Segment& s) {
+#if MK_AMX
+  if constexpr (by_matrices<typename Decode<T>::M>) return matrix_segment_scores(t, s);
+#endif
+  segment_scores<T, T>(t, s);
+}
+
+// In the order of their places: behind a segment's last score each kernel leaves some that nobody asked for.
+template <class T>
+void all_scores(const Decode<T>& t) {
+#if MK_AMX
+  const Matrices matrices;
+  if constexpr (by_matrices<typename Decode<T>::M>) tile_queries(t);
+#endif
+  for (const Segment& s : t.segments) s.span->k_scale ? segment_scores<T, int8_t>(t, s) : number_scores(t, s);
+}
+
+template <class T>
+void all_values(const Decode<T>& t) {
+#if MK_AMX
+  if constexpr (by_matrices<typename Decode<T>::M>) {
+    const Matrices matrices(least(t.rows, matrix_rows));
+    for (const Segment& s : t.segments)
+      if (!s.span->k_scale) matrix_segment_values(t, s);
+    join_columns(t);
+  }
+#endif
+  for (const Segment& s : t.segments) {
+    if (s.span->k_scale)
+      segment_values<T, int8_t>(t, s);
+    else if (!by_matrices<typename Decode<T>::M>)
+      segment_values<T, T>(t, s);
   }
 }
 
@@ -288,12 +381,12 @@ template <class T>
 void decode(const Attention& a, const AttentionItem& item, char* scratch) {
   const Decode<T> t(a, item, scratch);
   start(t);
-  for (const Segment& s : t.segments) s.span->k_scale ? segment_scores<T, int8_t>(t, s) : segment_scores<T, T>(t, s);
+  all_scores(t);
   for (int64_t head = 0; head < item.heads; head++) {
     if (t.codes) gather_scales(t, item.head + head);
     for (int64_t row = 0; row < t.rows; row++) softmax(t, head, row);
   }
-  for (const Segment& s : t.segments) s.span->k_scale ? segment_values<T, int8_t>(t, s) : segment_values<T, T>(t, s);
+  all_values(t);
 }
 
 // The partial results of one row, in the order of the keys.

@@ -108,8 +108,9 @@ MK_INLINE void store_probabilities(typename M::Word* p, typename M::Vec e0, type
     store_words(p, e0);
     store_words(p + M::width, e1);
   } else {
-    store((bf16*)p, e0);
-    store((bf16*)p + M::width, e1);
+#if MK_BF16
+    store_words(p, (vu)_mm512_cvtne2ps_pbh((__m512)e1, (__m512)e0));
+#endif
   }
 }
 
@@ -126,24 +127,38 @@ struct RowState {
   Scalar sum;  // of exp2((score - top) * scale)
 };
 
-// Online softmax (Milakov and Gimelshein 2018): turns `n` scores, a multiple of two vectors, into probabilities
-// relative to the largest score so far, and returns the factor for what was summed before. Subtracting before scaling
-// makes the largest exactly 1, and with it a window of one key exact. `weights`, where given, multiply what is stored.
+// Of a row of a multiple of two vectors; four chains of comparisons keep a long one from waiting for each.
 template <class M>
-MK_INLINE typename M::Scalar softmax_row(const typename M::Scalar* s, typename M::Word* p, int64_t n,
-                                         typename M::Scalar scale, RowState<typename M::Scalar>& state,
-                                         const typename M::Scalar* weights = nullptr) {
-  using Scalar = typename M::Scalar;
+MK_INLINE typename M::Scalar largest_of_row(const typename M::Scalar* s, int64_t n) {
   using Vec = typename M::Vec;
   constexpr int width = M::width;
-  Vec top0 = load_words<Vec>(s), top1 = load_words<Vec>(s + width);
-  for (int64_t j = 2 * width; j < n; j += 2 * width) {
-    top0 = larger(top0, load_words<Vec>(s + j));
-    top1 = larger(top1, load_words<Vec>(s + j + width));
-  }
-  const Scalar block = largest<M>(larger(top0, top1)), old = state.top;
-  const Scalar top = block > old ? block : old, base = top == -INFINITY ? 0 : top;
-  const Scalar factor = old == top ? 1 : exp2_scalar((old - base) * scale);
+  Vec top[4] = {load_words<Vec>(s), load_words<Vec>(s + width)};
+  top[2] = top[0], top[3] = top[1];
+  int64_t j = 2 * width;
+  for (; j + 4 * width <= n; j += 4 * width)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) top[i] = larger(top[i], load_words<Vec>(s + j + i * width));
+  if (j < n)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) top[i] = larger(top[i], load_words<Vec>(s + j + i * width));
+  return largest<M>(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+}
+
+// What scores are taken relative to: the largest, where any key is visible.
+template <class Scalar>
+MK_INLINE Scalar base_of(Scalar top) {
+  return top == -INFINITY ? 0 : top;
+}
+
+// Turns `n` scores, a multiple of two vectors, into exp2((score - base) * scale), and returns their sum. Subtracting
+// before scaling makes the largest exactly 1, and with it a window of one key exact. `weights`, where given, multiply
+// what is stored.
+template <class M>
+MK_INLINE typename M::Scalar exponentials(const typename M::Scalar* s, typename M::Word* p, int64_t n,
+                                          typename M::Scalar base, typename M::Scalar scale,
+                                          const typename M::Scalar* weights = nullptr) {
+  using Vec = typename M::Vec;
+  constexpr int width = M::width;
   Vec sum0 = {}, sum1 = {};
   for (int64_t j = 0; j < n; j += 2 * width) {
     Vec e0 = exp2_negative<M::degree>((load_words<Vec>(s + j) - base) * scale);
@@ -156,8 +171,7 @@ MK_INLINE typename M::Scalar softmax_row(const typename M::Scalar* s, typename M
     }
     store_probabilities<M>(p + j / M::step, e0, e1);
   }
-  state = {top, state.sum * factor + total<M>(sum0 + sum1)};
-  return factor;
+  return total<M>(sum0 + sum1);
 }
 
 // Scores are computed with the sign of the scale in q, so that the largest score is the largest exponent.
@@ -176,8 +190,10 @@ template <class M, class T>
 MK_INLINE void finish_row(const Attention& a, const typename M::Scalar* acc, RowState<typename M::Scalar> state, T* out,
                           typename M::Scalar* lse) {
   using Vec = typename M::Vec;
+  const typename M::Scalar inverse = 1 / state.sum;
   for (int64_t d = 0; d < a.dim; d += M::width) {
-    const Vec row = state.sum == 0 ? Vec{} : load_words<Vec>(acc + d) / state.sum;
+    const Vec sums = load_words<Vec>(acc + d);
+    const Vec row = state.sum == 0 ? Vec{} : sizeof(T) == 2 ? sums * inverse : sums / state.sum;
     if (d + M::width <= a.dim)
       store(out + d, row);
     else

@@ -25,9 +25,10 @@ template <int half, int n, class V>
 MK_INLINE void exchange_all(V (&t)[n]) {
 #pragma GCC unroll 16
   for (int i = 0; i < n; i++)
-    if (!(i & half)) exchange<half>(t[i], t[i + half], typename Count<n>::type());
+    if (!(i & half)) exchange<half>(t[i], t[i + half], typename Count<sizeof(V) / sizeof(t[0][0])>::type());
 }
 
+// Each block of n x n lanes.
 template <int n, class V>
 MK_INLINE void transpose(V (&t)[n]) {
   if constexpr (n > 8) exchange_all<8>(t);

@@ -12,14 +12,16 @@ namespace {
 constexpr int64_t matrix_rows = 16;   // of a register, and its columns of 4 bytes
 constexpr int64_t matrix_words = 16;  // along k
 
-// While it lives, all eight registers are whole ones on this thread. Then they are configured as before: oneDNN, which
-// torch calls, does not look whether its own configuration is still there.
+// While it lives, the eight registers are configured on this thread: 0 to 5, for results and left factors, with `rows`
+// rows, 6 and 7, for right factors, with all. Then they are configured as before: oneDNN, which torch calls, does not
+// look whether its own configuration is still there.
 class Matrices {
  public:
-  Matrices() {
+  explicit Matrices(int64_t rows = matrix_rows) {
     _tile_storeconfig(before_);
-    const Configuration whole;
-    _tile_loadconfig(&whole);
+    Configuration asked;
+    for (int i = 0; i < 6; i++) asked.rows[i] = rows;
+    _tile_loadconfig(&asked);
   }
   ~Matrices() {
     if (before_[0])

@@ -22,6 +22,9 @@ void keep_spare(std::unique_ptr<Memory> memory) {
   if (memory->size() <= largest_spare) delete spare.exchange(memory.release());
 }
 
+// What packing an element of a key and of a value takes, in multiply-adds.
+constexpr double packing_work = 8;
+
 struct Work {
   AttentionItem item;
   int64_t pieces, join,
@@ -44,7 +47,7 @@ class Run {
     const TileSizes tile = tiles_.sizes[dtype_](a_.dim, most_tile_rows_);
     const DecodeSizes decode = decoder_.sizes[dtype_](a_.dim, most_decode_rows_);
     reserve(tile, decode);
-    pack();
+    pack(tile.panel_keys);
     scratch_bytes_ = std::max(tile.scratch_bytes, decode.scratch_bytes);
     const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[joins_]());
     share_out(work_.size(), total_, [&](int64_t i) { run(work_[i], done.get()); });
@@ -122,9 +125,9 @@ class Run {
     a_.partials = a_.value_panels + values;
   }
 
-  void pack() {
-    const int64_t count = panels_.size();
-    share_out(count * a_.kv_heads, total_, [&](int64_t i) {
+  void pack(int64_t panel_keys) {
+    const int64_t count = panels_.size(), keys = count * a_.kv_heads * panel_keys;
+    share_out(count * a_.kv_heads, packing_work * keys * a_.dim, [&](int64_t i) {
       const auto [sequence, panel] = panels_[i % count];
       tiles_.pack[dtype_](a_, sequence, i / count, panel);
     });

@@ -34,6 +34,11 @@ def plain(*tensors: torch.Tensor) -> bool:
     return dtype in FLOATS
 
 
+def plain_indices(*tensors: torch.Tensor | None) -> bool:
+    """Beside tensors that are `plain`: whether these, positions or lengths, are of no class of their own either."""
+    return all(t is None or type(t) in PLAIN for t in tensors)
+
+
 def floating(**tensors: torch.Tensor) -> None:
     """Each is a tensor of float32, bfloat16, float16 or float64, all on one device."""
     first = None

@@ -108,12 +108,13 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 def check_longest(name: str, given: int | None, cu: torch.Tensor, tokens: int) -> int:
     """The longest packed sequence: as given, or all tokens. Below the longest, kernels would leave rows out; on a GPU,
     where lengths are not read, only what no lengths allow is an error."""
-    if given is None:
+    looks = _checks.may_look(cu)
+    if given is None or (looks and type(given) is int and given >= tokens):
         return tokens
     longest, sequences = _checks.integer(given), max(cu.numel() - 1, 1)
     if isinstance(given, torch.Tensor) and given.numel() == 1 and not given.is_floating_point():
         longest = int(given)
-    least = int(cu.diff().max()) if cu.numel() > 1 and _checks.may_look(cu) else -(-tokens // sequences)
+    least = int(cu.diff().max()) if cu.numel() > 1 and looks else -(-tokens // sequences)
     if longest is None or longest < least:
         raise ValueError(f"{name} is {given!r}; it must be an int, and a sequence of {least} tokens is there")
     return torch.sym_min(longest, tokens)

@@ -189,15 +189,15 @@ def write_kv(
         TypeError, ValueError: a tensor that does not fit.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    plain = impl is None and k_scale is None and cu_seqlens is None and _checks.plain(k, v, k_cache, v_cache)
+    plain = impl is None and k_scale is None and _checks.plain(k, v, k_cache, v_cache)
     if not plain:
         _check_float_caches(k_cache, v_cache, k=k, v=v)
     codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
     _checks.no_gradient("write_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     if codes:
         _write_kv_int8(impl, k, v, k_cache, v_cache, k_scale, v_scale, positions, cu_seqlens)
-    elif plain and type(positions) in _checks.PLAIN:
-        _write_kv.plain(k, v, k_cache, v_cache, positions, None)
+    elif plain and _checks.plain_indices(positions, cu_seqlens):
+        _write_kv.plain(k, v, k_cache, v_cache, positions, cu_seqlens)
     else:
         _write_kv(impl, k, v, k_cache, v_cache, positions, cu_seqlens)
 
@@ -248,8 +248,8 @@ def rope_write_kv(
     check_positions(positions, cos.shape[0], idle=True)
     table = _checks.accumulate_dtype(q.dtype)
     interleaved = _checks.flag("interleaved", interleaved)
-    if plain and cos.dtype == table and type(positions) in _checks.PLAIN and cu_seqlens is None:
-        return _rope_write_kv.plain(q, k, v, k_cache, v_cache, positions, cos, sin, None, interleaved)
+    if plain and cos.dtype == table and _checks.plain_indices(positions, cu_seqlens):
+        return _rope_write_kv.plain(q, k, v, k_cache, v_cache, positions, cos, sin, cu_seqlens, interleaved)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
     rest = (positions, cos, sin, cu_seqlens, interleaved)
     if codes:
@@ -338,7 +338,7 @@ def attention_cached(
             the sequence: looked up on a CPU only, since on a GPU that would wait for the device).
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    alone = k_new is None and k_scale is None and cu_seqlens is None
+    alone = k_new is None and k_scale is None
     plain = alone and impl is None and _checks.plain(q, k_cache, v_cache)
     if not plain:
         _check_float_caches(k_cache, v_cache, q=q, **_checks.given(k_new=k_new, v_new=v_new))
@@ -363,10 +363,9 @@ def attention_cached(
     check_history(seq_lens, slots, width, longest, k_new is not None)
     scale = check_scale(scale, q.shape[-1])
     batch_invariant = _checks.flag("batch_invariant", batch_invariant)
-    if plain and type(seq_lens) in _checks.PLAIN:
-        none = (None, None, None)
-        return _attention_cached.plain(q, k_cache, v_cache, seq_lens, width, scale, *none, longest, batch_invariant)
     rest = (seq_lens, width, scale, k_new, v_new, cu_seqlens, longest, batch_invariant)
+    if plain and _checks.plain_indices(seq_lens, cu_seqlens):
+        return _attention_cached.plain(q, k_cache, v_cache, *rest)
     if codes:
         return _attention_cached_int8(impl, q, k_cache, v_cache, k_scale, v_scale, *rest)
     return _attention_cached(impl, q, k_cache, v_cache, *rest)
