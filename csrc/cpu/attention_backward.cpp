@@ -161,18 +161,24 @@ MK_INLINE double wide_total(typename M::Vec v) {
   return whole;
 }
 
-// Scores become probabilities, and dp the gradients of the scaled scores.
+// What turns a row's exponentials e into probabilities e * inverse, and its dp into gradients of the scaled scores,
+// p * (dp - less - rest).
+template <class Scalar>
+struct RowFactors {
+  Scalar inverse, less, rest;
+};
+
+// Scores become exponentials relative to the largest. Of a row that sees no key they and dp become 0.
 template <class M>
-void gradients_of_row(typename M::Scalar* s, typename M::Scalar* dp, int64_t n, typename M::Scalar scale, double dlse) {
+RowFactors<typename M::Scalar> exponentials_of_row(typename M::Scalar* s, typename M::Scalar* dp, int64_t n,
+                                                   typename M::Scalar scale, double dlse) {
   using Vec = typename M::Vec;
   using Scalar = typename M::Scalar;
-  Vec top = load_words<Vec>(s);
-  for (int64_t j = M::width; j < n; j += M::width) top = larger(top, load_words<Vec>(s + j));
-  const Scalar highest = largest<M>(top);
+  const Scalar highest = n ? largest_of_row<M>(s, n) : Scalar(-INFINITY);
   if (highest == -INFINITY) {
     __builtin_memset(s, 0, n * sizeof(Scalar));
     __builtin_memset(dp, 0, n * sizeof(Scalar));
-    return;
+    return {0, 0, 0};
   }
   double sum = 0, delta = 0;
   Vec part = {}, weighted = {};
@@ -190,29 +196,51 @@ void gradients_of_row(typename M::Scalar* s, typename M::Scalar* dp, int64_t n, 
         part = weighted = Vec{};
       });
   const double exact = delta / sum - dlse;
-  const Scalar inverse = Scalar(1 / sum), less = Scalar(exact), rest = Scalar(exact - less);
-  for (int64_t j = 0; j < n; j += M::width) {
-    const Vec p = load_words<Vec>(s + j) * inverse;
-    store_words(s + j, p);
-    store_words(dp + j, p * (load_words<Vec>(dp + j) - less - rest));
-  }
+  const Scalar less = Scalar(exact);
+  return {Scalar(1 / sum), less, Scalar(exact - less)};
 }
 
-// Row r of a strip, [first, last) of [0, end): as words of pairs of rows, zeros outside; an odd row's pair has none.
+#if MK_BF16
+
+// Two rows rounded to bf16: the first one's numbers in the lower half.
+MK_INLINE vu round_rows(vf even, vf odd) { return (vu)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even); }
+
+// Of such the pairs of both.
+MK_INLINE vu pairs_of_rows(vu rows) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  return (vu)__builtin_shufflevector((Halves)rows, (Halves)rows, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+#endif
+
+// Exponentials and dp of a row, or of a pair of them `stride` elements apart: dS as rows, P and dS as words of pairs.
 template <class M>
-void store_pairs(const typename M::Scalar* even, const typename M::Scalar* odd, int64_t first, int64_t last,
-                 int64_t end, typename M::Word* to) {
-  using Word = typename M::Word;
-  __builtin_memset(to, 0, first * sizeof(Word));
-  for (int64_t j = 0; j < last - first; j += M::width) {
+MK_INLINE void store_gradients(const typename M::Scalar* s, const typename M::Scalar* dp, int64_t stride, int64_t n,
+                               const RowFactors<typename M::Scalar>* rows, typename M::Word* ds_rows,
+                               typename M::Word* p, typename M::Word* ds) {
+  using Vec = typename M::Vec;
+  for (int64_t j = 0; j < n; j += M::width) {
+    Vec prob[M::step], grad[M::step];
+#pragma GCC unroll 2
+    for (int r = 0; r < M::step; r++) {
+      prob[r] = load_words<Vec>(s + r * stride + j) * rows[r].inverse;
+      grad[r] = prob[r] * (load_words<Vec>(dp + r * stride + j) - rows[r].less - (M::step == 1 ? rows[r].rest : 0));
+    }
     if constexpr (M::step == 1) {
-      store_words(to + first + j, load_words<typename M::Vec>(even + j));
+      store_words(ds_rows + j, grad[0]);
+      store_words(p + j, prob[0]);
+      store_words(ds + j, grad[0]);
     } else {
-      const vu high = odd ? widen(Format<bf16>::encode(load_words<vf>(odd + j))) : vu{};
-      store_words(to + first + j, pair(widen(Format<bf16>::encode(load_words<vf>(even + j))), high));
+#if MK_BF16
+      const vu both = round_rows(grad[0], grad[1]);
+      _mm256_storeu_si256((__m256i*)(ds_rows + j / 2), _mm512_castsi512_si256((__m512i)both));
+      _mm256_storeu_si256((__m256i*)(ds_rows + (stride + j) / 2), _mm512_extracti64x4_epi64((__m512i)both, 1));
+      store_words(p + j, pairs_of_rows(round_rows(prob[0], prob[1])));
+      store_words(ds + j, pairs_of_rows(both));
+#endif
     }
   }
-  __builtin_memset(to + last, 0, (end - last) * sizeof(Word));
 }
 
 // out[r] += or, where `fresh`, = a[r] . rows, for NV vectors of columns.
@@ -287,30 +315,49 @@ MK_INLINE Keys keys_of_strip(const Task<T>& t, const Tile& tile, int64_t row, in
   return {first, most(first, least(tile.end, end))};
 }
 
-// Of `count` rows' scores and dp: dS as rows, and both P and dS as pairs of rows.
+// Of `count` rows' scores and dp: dS as rows, and both P and dS as pairs of rows, zeros outside the strip's keys. An odd
+// last row is paired with zeros.
 template <class T>
 MK_INLINE void strip_gradients(const Task<T>& t, const Tile& tile, int64_t row, int64_t count, Keys keys) {
   using M = typename Task<T>::M;
   using Scalar = typename M::Scalar;
-  constexpr int64_t half = 2 * M::width;
-  const int64_t query = tile.first + row, span = t.span, first = keys.first, last = keys.last, n = last - first;
-  const int64_t width = tile.end - tile.base;
+  using Word = typename M::Word;
+  const int64_t query = tile.first + row, span = t.span, first = keys.first, n = keys.last - first;
+  const int64_t before = first - tile.base, behind = tile.end - keys.last;
   const Scalar scale = (Scalar)(scaling(t.a.scale).magnitude * log2_e);
-  for (int r = 0; r < count && n; r++) {
-    const Scalar* dlse = (const Scalar*)t.d.dlse + tile.head * t.g.dlse_head + (query + r) * t.g.dlse_row;
-    mask_row<M>(t.scores + r * span, n, first_visible(t.a, t.s, query + r) - t.start - first,
-                end_visible(t.a, t.s, query + r) - t.start - first);
-    gradients_of_row<M>(t.scores + r * span, t.dp + r * span, n, scale, *dlse);
-    for (int64_t j = 0; j < n; j += half)
-      store_probabilities<M>(t.strip_ds + (r * span + j) / M::step, load_words<typename M::Vec>(t.dp + r * span + j),
-                             load_words<typename M::Vec>(t.dp + r * span + j + M::width));
+  for (int64_t pair = 0; pair < count; pair += M::step) {
+    Scalar *s = t.scores + pair * span, *dp = t.dp + pair * span;
+    const int64_t there = least(M::step, count - pair);
+    RowFactors<Scalar> factors[M::step] = {};
+    for (int64_t i = 0; i < there; i++) {
+      const int64_t r = pair + i;
+      const Scalar* dlse = (const Scalar*)t.d.dlse + tile.head * t.g.dlse_head + (query + r) * t.g.dlse_row;
+      mask_row<M>(s + i * span, n, first_visible(t.a, t.s, query + r) - t.start - first,
+                  end_visible(t.a, t.s, query + r) - t.start - first);
+      factors[i] = exponentials_of_row<M>(s + i * span, dp + i * span, n, scale, *dlse);
+    }
+    for (int64_t i = there; i < M::step; i++) {
+      __builtin_memset(s + i * span, 0, n * sizeof(Scalar));
+      __builtin_memset(dp + i * span, 0, n * sizeof(Scalar));
+    }
+    const int64_t at = (row + pair) / M::step * span;
+    Word* const pairs[] = {t.p + at, t.ds + at};
+    for (Word* to : pairs) {
+      __builtin_memset(to, 0, before * sizeof(Word));
+      __builtin_memset(to + before + n, 0, behind * sizeof(Word));
+    }
+    store_gradients<M>(s, dp, span, n, factors, t.strip_ds + pair * span / M::step, pairs[0] + before,
+                       pairs[1] + before);
   }
-  for (int r = 0; r < count; r += M::step) {
-    const int64_t at = (row + r) / M::step * span, next = r + 1 < count ? span : 0;
-    const Scalar *p = t.scores + r * span, *ds = t.dp + r * span;
-    store_pairs<M>(p, next ? p + next : nullptr, first - tile.base, last - tile.base, width, t.p + at);
-    store_pairs<M>(ds, next ? ds + next : nullptr, first - tile.base, last - tile.base, width, t.ds + at);
-  }
+}
+
+// A vector of columns of a row, from column d on, as far as there are any.
+template <class M, class T>
+MK_INLINE void store_columns(T* row, int64_t d, int64_t dim, typename M::Vec v) {
+  if (d + M::width <= dim)
+    store(row + d, v);
+  else
+    store_n(row + d, v, dim - d);
 }
 
 template <class T>
@@ -320,8 +367,7 @@ MK_INLINE void store_dq(const Task<T>& t, const Tile& tile, int64_t row, int64_t
   for (int r = 0; r < count; r++) {
     T* out = (T*)t.s.out + (tile.first + row + r) * t.a.out_row + tile.head * t.a.out_head;
     for (int64_t d = 0; d < t.a.dim; d += M::width)
-      store_n(out + d, load_words<typename M::Vec>(t.dq + r * t.columns + d) * (Scalar)t.a.scale,
-              least(M::width, t.a.dim - d));
+      store_columns<M>(out, d, t.a.dim, load_words<typename M::Vec>(t.dq + r * t.columns + d) * (Scalar)t.a.scale);
   }
 }
 
@@ -532,7 +578,7 @@ void finish(const AttentionGradients& g, const GradientTask& task, char* sums, i
   const Scalar scale = (Scalar)(by_matrices<M> ? scaling(t.a.scale).magnitude : t.a.scale);
   const auto write = [&](int which, int64_t key, int64_t d, Vec v) {
     T* out = (T*)(which ? t.d.dv : t.d.dk) + key * row + task.kv_head * t.a.dim;
-    store_n(out + d, which ? v : v * scale, least(M::width, t.a.dim - d));
+    store_columns<M>(out, d, t.a.dim, which ? v : v * scale);
   };
   const auto sum = [&](int64_t at) { return sum_of_parts<M>(sums, task.parts, sums_bytes, at); };
   for (int64_t key = 0; key < t.start; key++)
