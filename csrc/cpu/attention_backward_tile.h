@@ -1,0 +1,263 @@
+// What both ways of computing the gradients of attention share, vectors and the matrix unit: the buffers of a task, keys
+// and values packed once, and the softmax of a strip's rows with the gradients of its scores.
+#pragma once
+#include "cpu/attention_backward.h"
+#include "cpu/attention_pack.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+constexpr int64_t keys_of_sum = 512;  // float32 sums over keys are no longer than this
+
+template <class T>
+struct Task {
+  using M = typename ArithmeticOf<T>::type;
+  using Scalar = typename M::Scalar;
+  using Vec = typename M::Vec;
+  using Word = typename M::Word;
+  const AttentionGradients& g;
+  const Attention& a;
+  const AttentionSequence& s;
+  const GradientSequence& d;
+  int64_t kv_head, words, row_words, columns, start, keys, span;
+  Word *k_panels, *v_panels, *k_rows;  // K and V as columns of scores, K as rows
+  Word *q, *dout;                      // [rows][row_words]
+  Word *q_rows, *dout_rows;            // [rows / step][columns]; where the matrix unit multiplies, [columns][rows]
+  Word *p, *ds;                        // [rows / step][span]
+  Word* strip_ds;                      // [rows_of_strip][span / step]
+  Scalar *scores, *dp, *dq;            // [rows_of_strip][span], twice, and [rows_of_strip][columns]
+  int64_t bytes;
+
+  // Keys count from `start`, a whole panel; a tile's from its own first panel on.
+  Task(const AttentionGradients& g, int64_t sequence, int64_t kv_head, char* scratch)
+      : g(g), a(g.a), s(a.sequences[sequence]), d(g.sequences[sequence]), kv_head(kv_head) {
+    constexpr int64_t n = panel_keys<M>;
+    words = key_words<M>(a.dim);
+    row_words = query_words<M>(a.dim);
+    columns = value_columns<M>(a.dim);
+    start = round_down(first_visible(a, s, 0), n);
+    keys = round_up(s.keys - start, n);
+    span = least(keys, a.causal && a.window ? round_up(a.window + g.rows, n) + n : keys) + 2 * n;
+    char* at = scratch;
+    const auto take = [&at](auto*& to, int64_t count) {
+      to = (decltype(to + 0))at;
+      at += round_up(count * (int64_t)sizeof(*to), 64);
+    };
+    take(k_panels, keys * words);
+    take(v_panels, keys * words);
+    take(k_rows, keys / M::step * columns);
+    take(q, g.rows * row_words);
+    take(dout, g.rows * row_words);
+    take(q_rows, g.rows / M::step * columns);
+    take(dout_rows, g.rows / M::step * columns);
+    take(p, g.rows / M::step * span);
+    take(ds, g.rows / M::step * span);
+    take(strip_ds, rows_of_strip<M> * span / M::step);
+    take(scores, rows_of_strip<M> * span);
+    take(dp, rows_of_strip<M> * span);
+    take(dq, rows_of_strip<M> * columns);
+    bytes = at - scratch;
+  }
+
+  // Keys of the sums: [sum_keys()][columns], or [columns][sum_keys()] where the matrix unit multiplies.
+  int64_t sum_keys() const { return keys + (by_matrices<M> ? lanes : strip_rows); }
+};
+
+// Queries [first, first + count) of a head, and their keys [base, end), which count from the task's start.
+struct Tile {
+  int64_t head, first, count, base, end;
+};
+
+template <class T>
+void pack_keys_of(const Task<T>& t) {
+  using M = typename Task<T>::M;
+  constexpr int64_t n = panel_keys<M>;
+  for (int64_t key = 0; key < t.keys; key += n) {
+    const int64_t count = least(n, t.s.keys - t.start - key);
+    const T *k[n], *v[n];
+    for (int64_t i = 0; i < count; i++) {
+      const Row row = find_key<T>(t.s, t.kv_head, t.start + key + i);
+      k[i] = (const T*)row.k;
+      v[i] = (const T*)row.v;
+    }
+    pack_keys<M>(k, count, t.a.dim, t.k_panels + key * t.words);
+    pack_keys<M>(v, count, t.a.dim, t.v_panels + key * t.words);
+    pack_values<M>(k, count, t.a.dim, t.k_rows + key / M::step * t.columns);
+  }
+}
+
+// f(j) for the vectors of each block of keys, and end_block() behind each.
+template <class M, class F, class End>
+MK_INLINE void each_vector(int64_t n, F f, End end_block) {
+  for (int64_t block = 0; block < n; block += keys_of_sum) {
+    for (int64_t j = block; j < least(n, block + keys_of_sum); j += M::width) f(j);
+    end_block();
+  }
+}
+
+// What the whole row has in common is as exact as it can be where the result is float32: an error in it does not
+// average out over the keys.
+template <class M>
+MK_INLINE double wide_total(typename M::Vec v) {
+  if constexpr (M::step == 2) return total<M>(v);
+  double whole = 0;
+  for (int i = 0; i < M::width; i++) whole += v[i];
+  return whole;
+}
+
+// What turns a row's exponentials e into probabilities e * inverse, and its dp into gradients of the scaled scores,
+// p * (dp - less - rest).
+template <class Scalar>
+struct RowFactors {
+  Scalar inverse, less, rest;
+};
+
+// Scores become exponentials relative to the largest. Of a row that sees no key they and dp become 0.
+template <class M>
+RowFactors<typename M::Scalar> exponentials_of_row(typename M::Scalar* s, typename M::Scalar* dp, int64_t n,
+                                                   typename M::Scalar scale, double dlse) {
+  using Vec = typename M::Vec;
+  using Scalar = typename M::Scalar;
+  const Scalar highest = n ? largest_of_row<M>(s, n) : Scalar(-INFINITY);
+  if (highest == -INFINITY) {
+    __builtin_memset(s, 0, n * sizeof(Scalar));
+    __builtin_memset(dp, 0, n * sizeof(Scalar));
+    return {0, 0, 0};
+  }
+  double sum = 0, delta = 0;
+  Vec part = {}, weighted = {};
+  each_vector<M>(
+      n,
+      [&](int64_t j) {
+        const Vec e = exp2_negative<M::degree>((load_words<Vec>(s + j) - highest) * scale);
+        store_words(s + j, e);
+        part += e;
+        weighted += e * load_words<Vec>(dp + j);
+      },
+      [&] {
+        sum += wide_total<M>(part);
+        delta += wide_total<M>(weighted);
+        part = weighted = Vec{};
+      });
+  const double exact = delta / sum - dlse;
+  const Scalar less = Scalar(exact);
+  return {Scalar(1 / sum), less, Scalar(exact - less)};
+}
+
+#if MK_BF16
+
+// Two rows rounded to bf16: the first one's numbers in the lower half.
+MK_INLINE vu round_rows(vf even, vf odd) { return (vu)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even); }
+
+// Of such the pairs of both.
+MK_INLINE vu pairs_of_rows(vu rows) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  return (vu)__builtin_shufflevector((Halves)rows, (Halves)rows, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+#endif
+
+// Exponentials and dp of a row, or of a pair of them `stride` elements apart: dS as rows, P and dS as words of pairs.
+template <class M>
+MK_INLINE void store_gradients(const typename M::Scalar* s, const typename M::Scalar* dp, int64_t stride, int64_t n,
+                               const RowFactors<typename M::Scalar>* rows, typename M::Word* ds_rows,
+                               typename M::Word* p, typename M::Word* ds) {
+  using Vec = typename M::Vec;
+  for (int64_t j = 0; j < n; j += M::width) {
+    Vec prob[M::step], grad[M::step];
+#pragma GCC unroll 2
+    for (int r = 0; r < M::step; r++) {
+      prob[r] = load_words<Vec>(s + r * stride + j) * rows[r].inverse;
+      grad[r] = prob[r] * (load_words<Vec>(dp + r * stride + j) - rows[r].less - (M::step == 1 ? rows[r].rest : 0));
+    }
+    if constexpr (M::step == 1) {
+      store_words(ds_rows + j, grad[0]);
+      store_words(p + j, prob[0]);
+      store_words(ds + j, grad[0]);
+    } else {
+#if MK_BF16
+      const vu both = round_rows(grad[0], grad[1]);
+      _mm256_storeu_si256((__m256i*)(ds_rows + j / 2), _mm512_castsi512_si256((__m512i)both));
+      _mm256_storeu_si256((__m256i*)(ds_rows + (stride + j) / 2), _mm512_extracti64x4_epi64((__m512i)both, 1));
+      store_words(p + j, pairs_of_rows(round_rows(prob[0], prob[1])));
+      store_words(ds + j, pairs_of_rows(both));
+#endif
+    }
+  }
+}
+
+// Keys [first, last) of a tile that count from the task's start, in units of two vectors.
+struct Keys {
+  int64_t first, last;
+};
+
+// Those that any of `count` rows sees.
+template <class T>
+MK_INLINE Keys keys_of_strip(const Task<T>& t, const Tile& tile, int64_t row, int64_t count) {
+  constexpr int64_t unit = 2 * Task<T>::M::width;
+  const int64_t query = tile.first + row;
+  const int64_t seen = round_down(most(first_visible(t.a, t.s, query) - t.start, 0), unit);
+  const int64_t first = least(tile.end, most(tile.base, seen));
+  const int64_t end = round_up(end_visible(t.a, t.s, query + count - 1) - t.start, unit);
+  return {first, most(first, least(tile.end, end))};
+}
+
+// Of `count` rows' scores and dp: dS as rows, and both P and dS as pairs of rows, zeros outside the strip's keys. An odd
+// last row is paired with zeros.
+template <class T>
+MK_INLINE void strip_gradients(const Task<T>& t, const Tile& tile, int64_t row, int64_t count, Keys keys) {
+  using M = typename Task<T>::M;
+  using Scalar = typename M::Scalar;
+  using Word = typename M::Word;
+  const int64_t query = tile.first + row, span = t.span, first = keys.first, n = keys.last - first;
+  const int64_t before = first - tile.base, behind = tile.end - keys.last;
+  const Scalar scale = (Scalar)(scaling(t.a.scale).magnitude * log2_e);
+  for (int64_t pair = 0; pair < count; pair += M::step) {
+    Scalar *s = t.scores + pair * span, *dp = t.dp + pair * span;
+    const int64_t there = least(M::step, count - pair);
+    RowFactors<Scalar> factors[M::step] = {};
+    for (int64_t i = 0; i < there; i++) {
+      const int64_t r = pair + i;
+      const Scalar* dlse = (const Scalar*)t.d.dlse + tile.head * t.g.dlse_head + (query + r) * t.g.dlse_row;
+      mask_row<M>(s + i * span, n, first_visible(t.a, t.s, query + r) - t.start - first,
+                  end_visible(t.a, t.s, query + r) - t.start - first);
+      factors[i] = exponentials_of_row<M>(s + i * span, dp + i * span, n, scale, *dlse);
+    }
+    for (int64_t i = there; i < M::step; i++) {
+      __builtin_memset(s + i * span, 0, n * sizeof(Scalar));
+      __builtin_memset(dp + i * span, 0, n * sizeof(Scalar));
+    }
+    const int64_t at = (row + pair) / M::step * span;
+    Word* const pairs[] = {t.p + at, t.ds + at};
+    for (Word* to : pairs) {
+      __builtin_memset(to, 0, before * sizeof(Word));
+      __builtin_memset(to + before + n, 0, behind * sizeof(Word));
+    }
+    store_gradients<M>(s, dp, span, n, factors, t.strip_ds + pair * span / M::step, pairs[0] + before,
+                       pairs[1] + before);
+  }
+}
+
+// A vector of columns of a row, from column d on, as far as there are any.
+template <class M, class T>
+MK_INLINE void store_columns(T* row, int64_t d, int64_t dim, typename M::Vec v) {
+  if (d + M::width <= dim)
+    store(row + d, v);
+  else
+    store_n(row + d, v, dim - d);
+}
+
+template <class T>
+MK_INLINE void store_dq(const Task<T>& t, const Tile& tile, int64_t row, int64_t count) {
+  using M = typename Task<T>::M;
+  using Scalar = typename M::Scalar;
+  for (int r = 0; r < count; r++) {
+    T* out = (T*)t.s.out + (tile.first + row + r) * t.a.out_row + tile.head * t.a.out_head;
+    for (int64_t d = 0; d < t.a.dim; d += M::width)
+      store_columns<M>(out, d, t.a.dim, load_words<typename M::Vec>(t.dq + r * t.columns + d) * (Scalar)t.a.scale);
+  }
+}
+
+}  // namespace
+}  // namespace mk::MK_ISA
