@@ -138,8 +138,8 @@ def run(folder: Path, tests: list[str]) -> tuple[int, str]:
 
 def plant(folder: Path, mutant: Mutant) -> None:
     if mutant.kind == CPP:
-        # A header's bug goes into the attention of many queries alone.
-        name = Path(mutant.file).stem.removesuffix("_math").removesuffix("_tile")  # headers of one source
+        # A header's bug goes into the source that it is named after, alone.
+        name = Path(mutant.file).stem.removesuffix("_math").removesuffix("_tile")
         plainest(folder, mutant, f"cpu_{name}_base.o")
     else:
         changed_library.plant(folder / PACKAGE, mutant.file, mutant.old, mutant.new)
