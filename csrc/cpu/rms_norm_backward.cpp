@@ -76,10 +76,14 @@ struct Gradients {
   S* dweight;
   int64_t n;
 
+  V gradient(int r, V normed, V rounded, V d, V by, V& sum) const {
+    sum += d * rounded;
+    return (d * by - normed * mean[r]) * rstd[r];
+  }
+
   V value(int r, V x, V d, V by, V& sum) const {
     const V normed = x * rstd[r];
-    sum += d * (kModel ? round_to<T>(normed) : normed);
-    return (d * by - normed * mean[r]) * rstd[r];
+    return gradient(r, normed, kModel ? round_to<T>(normed) : normed, d, by, sum);
   }
 
   template <bool kStream>
@@ -103,8 +107,9 @@ struct Gradients {
     const two_of<T> by = load_two<o>(weight + i);
     for (int r = 0; r < kRows; r++) {
       const two_of<T> normed = load_two<o>(row[r].x + i) * rstd[r], d = load_two<o>(row[r].dy + i);
-      sum = sum + d * (kModel ? round_two<T>(normed) : normed);
-      two_of<T> out = (d * by - normed * mean[r]) * rstd[r];
+      const two_of<T> rounded = kModel ? round_two<T>(normed) : normed;
+      two_of<T> out = {gradient(r, normed.a, rounded.a, d.a, by.a, sum.a),
+                       gradient(r, normed.b, rounded.b, d.b, by.b, sum.b)};
       if constexpr (kTotal) out = out + load_two<o>(row[r].dtotal + i);
       put_two<o, kStream>(dx[r] + i, out);
     }

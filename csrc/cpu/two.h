@@ -18,7 +18,6 @@ struct Two {
   V a, b;
 
   Two operator+(Two y) const { return {a + y.a, b + y.b}; }
-  Two operator-(Two y) const { return {a - y.a, b - y.b}; }
   Two operator*(Two y) const { return {a * y.a, b * y.b}; }
   template <class S>
   Two operator*(S y) const {
