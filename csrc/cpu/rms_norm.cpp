@@ -27,7 +27,7 @@ struct Row {
   template <Order order>
   RawTwo<T> two(int64_t i) const {
     if constexpr (kAdd)
-      return encode_two<T, order>(load_two<order>(x + i) + load_two<order>(residual + i));
+      return encode_two<T, order, Nans::short_ones>(load_two<order>(x + i) + load_two<order>(residual + i));
     else
       return load_raw(x + i);
   }
@@ -94,8 +94,8 @@ MK_INLINE void scale(Source row, Next next, S rstd, const W* weight, W* y, int64
   };
   const auto put_product = [&](int64_t i) {
     two_of<T> v = decode_two<order>(row.template two<order>(i)) * rstd;
-    if constexpr (kModel) v = round_two<T>(v);
-    put_two<order, kStream>(y + i, v * load_two<order>(weight + i));
+    if constexpr (kModel) v = round_two<T, Nans::short_ones>(v);
+    put_two<order, Nans::short_ones, kStream>(y + i, v * load_two<order>(weight + i));
   };
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w) {
@@ -128,7 +128,7 @@ void run_rows(const RmsNormRows& a) {
     static_cast<S*>(a.rstd)[r] = rstd;
     W* y = static_cast<W*>(a.y) + r * a.n;
     const auto scale_it = [&](auto source) {
-      scale<T, W, kModel, kStream, order>(source, fetched, rstd, weight, y, a.n);
+      scale<T, W, kModel, kStream, order>(source, fetched, with_short_nan(rstd), weight, y, a.n);
     };
     if (kAdd && (!kStream || keeps))
       scale_it(Row<T, false>{kStream ? kept : total, nullptr});

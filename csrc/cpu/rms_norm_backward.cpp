@@ -11,6 +11,8 @@ constexpr int some_rows = 4;        // in work at once
 // The order of the columns in work, and of dweight's sums as far as they are in work four vectors at once.
 template <class T, class W>
 constexpr Order order = sizeof(T) == sizeof(W) ? Order::apart : Order::memory;
+template <class T, class W>
+constexpr Nans nans = sizeof(T) == sizeof(W) ? Nans::short_ones : Nans::any;  // of dx
 template <class T>
 constexpr int64_t ordered(int64_t n) {
   return n / (4 * Format<T>::width) * (4 * Format<T>::width);
@@ -107,11 +109,11 @@ struct Gradients {
     const two_of<T> by = load_two<o>(weight + i);
     for (int r = 0; r < kRows; r++) {
       const two_of<T> normed = load_two<o>(row[r].x + i) * rstd[r], d = load_two<o>(row[r].dy + i);
-      const two_of<T> rounded = kModel ? round_two<T>(normed) : normed;
+      const two_of<T> rounded = kModel ? round_two<T, Nans::short_ones>(normed) : normed;
       two_of<T> out = {gradient(r, normed.a, rounded.a, d.a, by.a, sum.a),
                        gradient(r, normed.b, rounded.b, d.b, by.b, sum.b)};
       if constexpr (kTotal) out = out + load_two<o>(row[r].dtotal + i);
-      put_two<o, kStream>(dx[r] + i, out);
+      put_two<o, nans<T, W>, kStream>(dx[r] + i, out);
     }
     store(dweight + i, sum.a);
     store(dweight + i + w, sum.b);
@@ -160,7 +162,7 @@ void add_rows(const RmsNormGradients& a, int64_t first, S* dweight) {
   for (int r = 0; r < kRows; r++) {
     const int64_t at = first + r, next = !fetches ? at : at + kRows < last ? at + kRows : last;
     g.row[r] = row_at(at), g.next[r] = row_at(next);
-    g.rstd[r] = static_cast<const S*>(a.rstd)[at];
+    g.rstd[r] = with_short_nan(static_cast<const S*>(a.rstd)[at]);
     g.mean[r] = S(double(g.rstd[r]) * dot(g.row[r], g.next[r], g.weight, a.n) / double(a.n));
     g.dx[r] = static_cast<T*>(a.dx) + at * a.n;
   }
@@ -216,7 +218,7 @@ void join(const void* partials, int64_t parts, int64_t n, int64_t first, int64_t
     two_of<T> v = {};
     for (int j = 0; j < w; j++) v.a[j] = sums[j], v.b[j] = sums[w + j];
     if (i < ordered<T>(n)) {
-      put_two<order<T, W>, false>(to + i, v);
+      put_two<order<T, W>, Nans::any, false>(to + i, v);
     } else {
       store_n(to + i, v.a, some < w ? some : w);
       if (some > w) store_n(to + i + w, v.b, some - w);

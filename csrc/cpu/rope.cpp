@@ -74,8 +74,8 @@ MK_INLINE void half_split(const T* x, T* out, int64_t half, const S* cos, const 
     }
     turn<kInverse>(a.a, b.a, c.a, s.a);
     turn<kInverse>(a.b, b.b, c.b, s.b);
-    put_two<o, kStream>(out + j, a);
-    put_two<o, kStream>(out + half + j, b);
+    put_two<o, Nans::any, kStream>(out + j, a);
+    put_two<o, Nans::any, kStream>(out + half + j, b);
   }
   for (; j + w <= half; j += w) {
     vec_of<T> a = load(x + j), b = load(x + half + j);
@@ -111,7 +111,7 @@ MK_INLINE void adjacent(const T* x, T* out, int64_t half, const S* cos, const S*
       turn<kInverse>(v.a, v.b, load(cos + j), load(sin + j));
     else
       turn_pairs(v.a, v.b, load(cos + j), load(sin + j));
-    put_two<o, kStream>(out + 2 * j, v);
+    put_two<o, Nans::any, kStream>(out + 2 * j, v);
   }
   if (const int64_t left = half - j; left) {
     const int64_t first = 2 * left < w ? 2 * left : w, second = 2 * left - first;

@@ -19,7 +19,8 @@ void row(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, T* 
   constexpr int64_t step = line_of<T>;
   const auto put_product = [&](int64_t i) {
     const two_of<T> g = load_two<Order::apart>(gate + i), u = load_two<Order::apart>(up + i);
-    put_two<Order::apart, kStream>(out + i, {silu_times<T>(g.a, u.a), silu_times<T>(g.b, u.b)});
+    const two_of<T> y = {silu_times<T>(g.a, u.a), silu_times<T>(g.b, u.b)};
+    put_two<Order::apart, Nans::short_ones, kStream>(out + i, y);
   };
   int64_t i = 0;
   for (; i + step <= n; i += step) {

@@ -37,8 +37,8 @@ void row(const Inputs<T>& in, T* dgate, T* dup, int64_t n) {
   const auto put_gradients = [&](int64_t i) {
     const two_of<T> y = load_two<o>(dy + i), g = load_two<o>(gate + i), u = load_two<o>(up + i);
     const Gradients<T> first = gradients<T>(y.a, g.a, u.a), second = gradients<T>(y.b, g.b, u.b);
-    put_two<o, kStream>(dgate + i, {first.gate, second.gate});
-    put_two<o, kStream>(dup + i, {first.up, second.up});
+    put_two<o, Nans::short_ones, kStream>(dgate + i, {first.gate, second.gate});
+    put_two<o, Nans::short_ones, kStream>(dup + i, {first.up, second.up});
   };
   int64_t i = 0;
   for (; i + step <= n; i += step) {

@@ -5,6 +5,8 @@
 //   Two<V>    the vectors
 //   RawTwo<T> how they lie in memory
 //   Order     `memory`, or `apart`, which is another order for bf16 only; what is combined must have one order
+//   Nans      what a nan may be that is rounded: `any`, or `short_ones`, which are bf16's and those that arithmetic makes
+//             of numbers: their lower halves are 0, rounding does not carry out of them, and they need no care
 //   load_two, put_two (past the caches with kStream), round_two;  load_raw, decode_two, encode_two, put_raw
 #pragma once
 #include "cpu/traffic.h"
@@ -12,6 +14,7 @@
 namespace mk::MK_ISA {
 
 enum class Order { memory, apart };
+enum class Nans { any, short_ones };
 
 template <class V>
 struct Two {
@@ -97,6 +100,12 @@ MK_INLINE vh half(vu bits) {
 #endif
 }
 
+// A nan becomes one of short_ones.
+template <class S>
+MK_INLINE S with_short_nan(S x) {
+  return x == x ? x : S(__builtin_nanf(""));
+}
+
 #if !MK_BF16
 // Whether there may be a nan.
 MK_INLINE bool may_have_nan(Two<vf> v) {
@@ -112,10 +121,12 @@ MK_INLINE bool may_have_nan(Two<vf> v) {
 }
 
 // What Format<bf16> rounds to, in the upper halves of the lanes.
+template <Nans nans>
 MK_INLINE Two<vu> rounded_above(Two<vf> v) {
   const vu a = (vu)v.a, b = (vu)v.b, nan = set1(0x7fc00000u);
   Two<vu> r = {a + 0x7fffu + ((a >> 16) & 1u), b + 0x7fffu + ((b >> 16) & 1u)};
-  if (__builtin_expect(may_have_nan(v), 0)) r = {v.a == v.a ? r.a : nan, v.b == v.b ? r.b : nan};
+  if (nans == Nans::any && __builtin_expect(may_have_nan(v), 0))
+    r = {v.a == v.a ? r.a : nan, v.b == v.b ? r.b : nan};
   return r;
 }
 #endif
@@ -155,16 +166,16 @@ MK_INLINE Two<vf> decode_two(RawTwo<bf16> r) {
 }
 
 #if MK_BF16
-template <Order order>
+template <Order order, Nans nans>
 MK_INLINE RawTwo<bf16> encode_bf16(Two<vf> v) {
   const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a);
   if constexpr (order == Order::memory) return {(vu)packed};
   return {(vu)_mm512_permutexvar_epi16(places([](int i) { return i / 2 + i % 2 * 16; }), packed)};
 }
 #else
-template <Order order>
+template <Order order, Nans nans>
 MK_INLINE RawTwo<bf16> encode_bf16(Two<vf> v) {
-  const Two<vu> r = rounded_above(v);
+  const Two<vu> r = rounded_above<nans>(v);
   if constexpr (order == Order::apart) {
 #if defined(__AVX512BW__)
     return {(vu)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)(r.a >> 16), (__m512i)r.b)};
@@ -189,10 +200,10 @@ MK_INLINE RawTwo<bf16> encode_bf16(Two<vf> v) {
 }
 #endif
 
-template <class T, Order order>
+template <class T, Order order, Nans nans>
 MK_INLINE RawTwo<T> encode_two(two_of<T> v) {
   if constexpr (is_bf16<T>)
-    return encode_bf16<order>(v);
+    return encode_bf16<order, nans>(v);
   else
     return {Format<T>::encode(v.a), Format<T>::encode(v.b)};
 }
@@ -206,15 +217,15 @@ MK_INLINE two_of<T> load_two(const T* p) {
 }
 
 // To T's precision and back, whatever the order.
-template <class T>
+template <class T, Nans nans>
 MK_INLINE two_of<T> round_two(two_of<T> v) {
   if constexpr (!is_bf16<T>) {
     return {round_to<T>(v.a), round_to<T>(v.b)};
   } else {
 #if MK_BF16
-    return decode_two<Order::memory>(encode_bf16<Order::memory>(v));
+    return decode_two<Order::memory>(encode_bf16<Order::memory, nans>(v));
 #else
-    const Two<vu> r = rounded_above(v);
+    const Two<vu> r = rounded_above<nans>(v);
     return {(vf)(r.a & 0xffff0000u), (vf)(r.b & 0xffff0000u)};
 #endif
   }
@@ -233,9 +244,9 @@ MK_INLINE void put_raw(T* to, RawTwo<T> r) {
   }
 }
 
-template <Order order, bool kStream, class T>
+template <Order order, Nans nans, bool kStream, class T>
 MK_INLINE void put_two(T* to, two_of<T> v) {
-  put_raw<kStream>(to, encode_two<T, order>(v));
+  put_raw<kStream>(to, encode_two<T, order, nans>(v));
 }
 
 }  // namespace mk::MK_ISA
