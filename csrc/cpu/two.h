@@ -5,8 +5,8 @@
 //   Two<V>    the vectors
 //   RawTwo<T> how they lie in memory
 //   Order     `memory`, or `apart`, which is another order for bf16 only; what is combined must have one order
-//   Nans      what a nan may be that is rounded: `any`, or `short_ones`, which are bf16's and those that arithmetic makes
-//             of numbers: their lower halves are 0, rounding does not carry out of them, and they need no care
+//   Nans      what a nan that is rounded may be: `any`, or `short_ones`, which are bf16's and those that arithmetic
+//             makes of numbers: their lower halves are 0, so that rounding does not carry out of them
 //   load_two, put_two (past the caches with kStream), round_two;  load_raw, decode_two, encode_two, put_raw
 #pragma once
 #include "cpu/traffic.h"
@@ -33,8 +33,8 @@ using two_of = Two<vec_of<T>>;
 
 // Elements of two vectors, but no less than a cache line.
 template <class T>
-constexpr int64_t line_of = 2 * Format<T>::width > cache_line / int64_t{sizeof(T)} ? 2 * Format<T>::width
-                                                                             : cache_line / int64_t{sizeof(T)};
+constexpr int64_t line_of =
+    2 * Format<T>::width * sizeof(T) > cache_line ? 2 * Format<T>::width : cache_line / int64_t{sizeof(T)};
 
 template <class T>
 struct RawTwo {
@@ -108,7 +108,7 @@ MK_INLINE S with_short_nan(S x) {
 
 #if !MK_BF16
 // Whether there may be a nan.
-MK_INLINE bool may_have_nan(Two<vf> v) {
+MK_INLINE bool may_have_nan([[maybe_unused]] Two<vf> v) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)v.a, (__m512)v.b, _CMP_UNORD_Q);
 #elif defined(__AVX2__)
@@ -125,8 +125,7 @@ template <Nans nans>
 MK_INLINE Two<vu> rounded_above(Two<vf> v) {
   const vu a = (vu)v.a, b = (vu)v.b, nan = set1(0x7fc00000u);
   Two<vu> r = {a + 0x7fffu + ((a >> 16) & 1u), b + 0x7fffu + ((b >> 16) & 1u)};
-  if (nans == Nans::any && __builtin_expect(may_have_nan(v), 0))
-    r = {v.a == v.a ? r.a : nan, v.b == v.b ? r.b : nan};
+  if (nans == Nans::any && __builtin_expect(may_have_nan(v), 0)) r = {v.a == v.a ? r.a : nan, v.b == v.b ? r.b : nan};
   return r;
 }
 #endif
