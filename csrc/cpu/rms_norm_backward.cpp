@@ -1,12 +1,22 @@
 #include "cpu/rms_norm_backward.h"
 
-#include "cpu/traffic.h"
+#include "cpu/two.h"
 
 namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t block_rows = 16;  // summed alone before they are added to the rest: short sums err less
 constexpr int some_rows = 4;        // in work at once
+
+// The order of the columns in work, and of dweight's sums as far as they are in work four vectors at once.
+template <class T, class W>
+constexpr Order order = sizeof(T) == sizeof(W) ? Order::apart : Order::memory;
+template <class T, class W>
+constexpr Nans nans = sizeof(T) == sizeof(W) ? Nans::short_ones : Nans::any;  // of dx
+template <class T>
+constexpr int64_t ordered(int64_t n) {
+  return n / (4 * Format<T>::width) * (4 * Format<T>::width);
+}
 
 // One row's inputs; dtotal may be null.
 template <class T, class W>
@@ -15,7 +25,7 @@ struct Row {
   const W* dy;
   const T* dtotal;
 
-  void fetch_at(int64_t i, int64_t count) const {
+  MK_FETCHES void fetch_at(int64_t i, int64_t count) const {
     fetch(x + i, count * sizeof(T));
     fetch(dy + i, count * sizeof(W));
     if (dtotal) fetch(dtotal + i, count * sizeof(T));
@@ -31,12 +41,18 @@ __attribute__((noinline)) double dot(const Row<T, W>& row, const Row<T, W>& next
   V part[4] = {};
   const auto add_part = [&] { whole += sum((part[0] + part[1]) + (part[2] + part[3])); };
   const auto value = [&](int64_t i) { return load(row.x + i) * (load(row.dy + i) * load(weight + i)); };
+  const auto add_two = [&](int64_t i, V& a, V& b) {
+    constexpr Order o = order<T, W>;
+    const two_of<T> v = load_two<o>(row.x + i), by = load_two<o>(row.dy + i) * load_two<o>(weight + i);
+    a += v.a * by.a, b += v.b * by.b;
+  };
   int64_t i = 0;
   while (i + 4 * w <= n) {
     const int64_t end = n - i < 256 * w ? n : i + 256 * w;
     for (; i + 4 * w <= end; i += 4 * w) {
-      next.fetch_at(i / 2, 2 * w);
-      for (int j = 0; j < 4; j++) part[j] += value(i + j * w);
+      if (fetches_at<T>(i)) next.fetch_at(i / 2, line_of<T>);
+      add_two(i, part[0], part[1]);
+      add_two(i + 2 * w, part[2], part[3]);
     }
     if (i + 4 * w > n) break;
     add_part();
@@ -62,23 +78,45 @@ struct Gradients {
   S* dweight;
   int64_t n;
 
-  V value(int r, V x, V d, V by, V& sum) const {
-    const V normed = x * rstd[r];
-    sum += d * (kModel ? round_to<T>(normed) : normed);
+  V gradient(int r, V normed, V rounded, V d, V by, V& sum) const {
+    sum += d * rounded;
     return (d * by - normed * mean[r]) * rstd[r];
   }
 
-  // The sums of dweight are loaded and stored once for all rows.
+  V value(int r, V x, V d, V by, V& sum) const {
+    const V normed = x * rstd[r];
+    return gradient(r, normed, kModel ? round_to<T>(normed) : normed, d, by, sum);
+  }
+
   template <bool kStream>
   void columns(int64_t i) const {
     V sum = load(dweight + i);
     const V by = load(weight + i);
+#pragma GCC unroll 1
     for (int r = 0; r < kRows; r++) {
       V out = value(r, load(row[r].x + i), load(row[r].dy + i), by, sum);
       if constexpr (kTotal) out += load(row[r].dtotal + i);
       put<T, kStream>(dx[r] + i, out);
     }
     store(dweight + i, sum);
+  }
+
+  // The sums of dweight are loaded and stored once for all rows.
+  template <bool kStream>
+  void more_columns(int64_t i) const {
+    constexpr Order o = order<T, W>;
+    two_of<T> sum = {load(dweight + i), load(dweight + i + w)};
+    const two_of<T> by = load_two<o>(weight + i);
+    for (int r = 0; r < kRows; r++) {
+      const two_of<T> normed = load_two<o>(row[r].x + i) * rstd[r], d = load_two<o>(row[r].dy + i);
+      const two_of<T> rounded = kModel ? round_two<T, Nans::short_ones>(normed) : normed;
+      two_of<T> out = {gradient(r, normed.a, rounded.a, d.a, by.a, sum.a),
+                       gradient(r, normed.b, rounded.b, d.b, by.b, sum.b)};
+      if constexpr (kTotal) out = out + load_two<o>(row[r].dtotal + i);
+      put_two<o, nans<T, W>, kStream>(dx[r] + i, out);
+    }
+    store(dweight + i, sum.a);
+    store(dweight + i + w, sum.b);
   }
 
   void last_columns(int64_t i) const {
@@ -98,9 +136,10 @@ struct Gradients {
   void all_columns() const {
     int64_t i = 0;
     for (; i + 4 * w <= n; i += 4 * w) {
-      for (const Row<T, W>& r : next) r.fetch_at((n + i) / 2, 2 * w);
+      if (fetches_at<T>(i))
+        for (const Row<T, W>& r : next) r.fetch_at((n + i) / 2, line_of<T>);
 #pragma GCC unroll 1
-      for (int j = 0; j < 4; j++) columns<kStream>(i + j * w);
+      for (int j = 0; j < 4; j += 2) more_columns<kStream>(i + j * w);
     }
     for (; i + w <= n; i += w) columns<kStream>(i);
     if (i < n) last_columns(i);
@@ -123,7 +162,7 @@ void add_rows(const RmsNormGradients& a, int64_t first, S* dweight) {
   for (int r = 0; r < kRows; r++) {
     const int64_t at = first + r, next = !fetches ? at : at + kRows < last ? at + kRows : last;
     g.row[r] = row_at(at), g.next[r] = row_at(next);
-    g.rstd[r] = static_cast<const S*>(a.rstd)[at];
+    g.rstd[r] = with_short_nan(static_cast<const S*>(a.rstd)[at]);
     g.mean[r] = S(double(g.rstd[r]) * dot(g.row[r], g.next[r], g.weight, a.n) / double(a.n));
     g.dx[r] = static_cast<T*>(a.dx) + at * a.n;
   }
@@ -165,18 +204,25 @@ void run(const RmsNormGradients& a) {
   if (a.past_caches) stream_fence();
 }
 
-template <class S, class W>
+template <class T, class W>
 void join(const void* partials, int64_t parts, int64_t n, int64_t first, int64_t count, void* dweight) {
-  constexpr int w = Format<W>::width;
+  using S = decltype(sum(vec_of<T>{}));
+  constexpr int w = Format<T>::width;
   const S* from = static_cast<const S*>(partials);
-  for (int64_t i = first; i < first + count; i += w) {
-    const int64_t some = first + count - i < w ? first + count - i : w;
-    double sums[Format<W>::width] = {};
+  W* to = static_cast<W*>(dweight);
+  for (int64_t i = first, end = first + count; i < end; i += 2 * w) {
+    const int64_t some = end - i < 2 * w ? end - i : 2 * w;
+    double sums[2 * w] = {};
     for (int64_t p = 0; p < parts; p++)
       for (int64_t j = 0; j < some; j++) sums[j] += from[p * n + i + j];
-    vec_of<W> v = {};
-    for (int64_t j = 0; j < some; j++) v[j] = sums[j];
-    store_n(static_cast<W*>(dweight) + i, v, some);
+    two_of<T> v = {};
+    for (int j = 0; j < w; j++) v.a[j] = sums[j], v.b[j] = sums[w + j];
+    if (i < ordered<T>(n)) {
+      put_two<order<T, W>, Nans::any, false>(to + i, v);
+    } else {
+      store_n(to + i, v.a, some < w ? some : w);
+      if (some > w) store_n(to + i + w, v.b, some - w);
+    }
   }
 }
 
@@ -193,8 +239,8 @@ const RmsNormBackwardKernels rms_norm_backward = {
     },
     {
         {join<float, float>, nullptr},
-        {join<float, bf16>, join<float, float>},
-        {join<float, f16>, join<float, float>},
+        {join<bf16, bf16>, join<bf16, float>},
+        {join<f16, f16>, join<f16, float>},
         {join<double, double>, nullptr},
     },
 };

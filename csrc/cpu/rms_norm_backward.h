@@ -20,7 +20,8 @@ struct RmsNormGradients {
 struct RmsNormBackwardKernels {
   // run[dtype of x][weight is float32 and x is not][x * rstd was rounded before the product with the weight][dtotal]
   void (*run[dtypes][2][2][2])(const RmsNormGradients&);
-  // Adds up `parts` rows of n partial sums, in order: dweight[first ... first + count).
+  // Adds up `parts` rows of n sums of `run`, whose columns it knows the order of: dweight[first ... first + count),
+  // `first` a multiple of 64.
   void (*join[dtypes][2])(const void* partials, int64_t parts, int64_t n, int64_t first, int64_t count, void* dweight);
 };
 

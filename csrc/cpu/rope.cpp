@@ -1,6 +1,6 @@
 #include "cpu/rope.h"
 
-#include "cpu/traffic.h"
+#include "cpu/two.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -56,10 +56,27 @@ MK_INLINE void turn(V& a, V& b, V c, V s) {
   a = first;
 }
 
+// Elements to what is fetched: where heads lie side by side, of heads that follow.
+template <class T>
+constexpr int64_t ahead = fetch_ahead / int64_t{sizeof(T)};
+
 template <class T, bool kInverse, bool kStream, class S>
 MK_INLINE void half_split(const T* x, T* out, int64_t half, const S* cos, const S* sin) {
   constexpr int w = Format<T>::width;
   int64_t j = 0;
+  for (; j + 2 * w <= half; j += 2 * w) {
+    constexpr Order o = Order::memory;
+    two_of<T> a = load_two<o>(x + j), b = load_two<o>(x + half + j);
+    const Two c = load_two<o>(cos + j), s = load_two<o>(sin + j);
+    if constexpr (kStream) {
+      fetch(x + j + ahead<T>, 2 * w * sizeof(T));
+      fetch(x + half + j + ahead<T>, 2 * w * sizeof(T));
+    }
+    turn<kInverse>(a.a, b.a, c.a, s.a);
+    turn<kInverse>(a.b, b.b, c.b, s.b);
+    put_two<o, Nans::any, kStream>(out + j, a);
+    put_two<o, Nans::any, kStream>(out + half + j, b);
+  }
   for (; j + w <= half; j += w) {
     vec_of<T> a = load(x + j), b = load(x + half + j);
     turn<kInverse>(a, b, load(cos + j), load(sin + j));
@@ -87,10 +104,14 @@ MK_INLINE void adjacent(const T* x, T* out, int64_t half, const S* cos, const S*
   };
   int64_t j = 0;
   for (; j + w <= half; j += w) {
-    V low = load(x + 2 * j), high = load(x + 2 * j + w);
-    turn_pairs(low, high, load(cos + j), load(sin + j));
-    put<T, kStream>(out + 2 * j, low);
-    put<T, kStream>(out + 2 * j + w, high);
+    constexpr Order o = is_bf16<T> ? Order::apart : Order::memory;
+    two_of<T> v = load_two<o>(x + 2 * j);
+    if constexpr (kStream) fetch(x + 2 * j + ahead<T>, 2 * w * sizeof(T));
+    if constexpr (o == Order::apart)
+      turn<kInverse>(v.a, v.b, load(cos + j), load(sin + j));
+    else
+      turn_pairs(v.a, v.b, load(cos + j), load(sin + j));
+    put_two<o, Nans::any, kStream>(out + 2 * j, v);
   }
   if (const int64_t left = half - j; left) {
     const int64_t first = 2 * left < w ? 2 * left : w, second = 2 * left - first;

@@ -35,8 +35,29 @@ typedef uint16_t vh __attribute__((vector_size(2 * MK_LANES)));
 MK_INLINE vf set1(float x) { return x - vf{}; }
 MK_INLINE vd set1(double x) { return x - vd{}; }
 MK_INLINE vu set1(uint32_t x) { return x + vu{}; }
-MK_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
-MK_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+// Of a nan and another the second operand, as in a comparison; g++ makes two to four operations of one.
+MK_INLINE vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+MK_INLINE vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vf)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 MK_INLINE vu widen(vh h) {
 #if defined(__AVX512F__)

@@ -54,8 +54,9 @@ std::tuple<Tensor, Tensor> run(const Tensor& dy, const Tensor* dtotal, const Ten
   const auto join = kernels.join[static_cast<int>(dtype)][product != dtype];
   const char* from = data(partials);
   char* to = mutable_data(dweight);
-  in_parallel(n, std::max<int64_t>(64, grain_rows(parts)),
-              [&](int64_t begin, int64_t end) { join(from, parts, n, begin, end - begin, to); });
+  in_parallel((n + 63) / 64, std::max<int64_t>(1, grain_rows(parts) / 64), [&](int64_t begin, int64_t end) {
+    join(from, parts, n, 64 * begin, std::min(n, 64 * end) - 64 * begin, to);
+  });
   return {dx, dweight};
 }
 
