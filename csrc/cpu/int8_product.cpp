@@ -192,17 +192,6 @@ MK_INLINE vi row_words(const uint8_t* codes, int64_t count) {
   }
 }
 
-// Vector i with the lanes i of all.
-template <int half = 1>
-MK_INLINE void transpose(vi (&t)[lanes]) {
-  if constexpr (half < lanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; i++)
-      if (!(i & half)) exchange<half>(t[i], t[i + half], typename Count<lanes>::type());
-    transpose<2 * half>(t);
-  }
-}
-
 // The codes [k, k + count) of the outputs [n, n + outputs), in the order of the panels; further outputs, and codes up
 // to a whole vector of words, are zeros.
 void pack(const QuantWeight& w, int64_t n, int64_t outputs, int64_t k, int64_t count, Many& m) {
