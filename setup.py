@@ -36,7 +36,14 @@ X86_TIERS = {
     "amx": (16, AVX512_BF16 + " -mamx-tile -mamx-bf16 -mamx-int8"),
 }
 # The files with kernels for the matrix unit of the tier "amx"; those of the others are the tier before's.
-MATRIX_SOURCES = {"attention", "attention_backward", "attention_decode", "int8_product", "linear_cross_entropy"}
+MATRIX_SOURCES = {
+    "attention",
+    "attention_backward",
+    "attention_decode",
+    "int8_product",
+    "linear",
+    "linear_cross_entropy",
+}
 OTHER_TIERS = {"base": (4, "")}
 # -ffp-contract=fast lets a*b+c become one FMA; -fno-math-errno and -fno-trapping-math free the vectoriser.
 # g++ 12 takes the undefined vectors in its own immintrin.h for uninitialized.

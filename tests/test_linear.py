@@ -1,5 +1,8 @@
 """The linear layer: the C++ kernels of few rows on every instruction set, and what the public function promises."""
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 from torch.nn import functional
@@ -17,13 +20,25 @@ def tier(request):
         yield request.param
 
 
+def at_an_end(tensor):
+    """A copy up to where an unreadable page begins."""
+    size = -(-tensor.numel() * tensor.element_size() // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(start + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    first = size - tensor.numel() * tensor.element_size()
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=first).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
 def shapes():
     """Every number of rows up to those that torch takes, and widths and depths around vectors, groups and blocks."""
     for rows in range(1, 18):
         yield linear_case((rows,), 200, 24 + rows, bias=rows % 3 == 0)
-    for k in (1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 1023, 1025, 2049, 4097, 9000):
+    for k in (1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 1023, 1025, 2049, 4097, 9000, 33_001):
         yield linear_case((1 + k % 5,), k, 19)
-    for n in (1, 2, 7, 8, 9, 15, 17):
+    for n in (1, 2, 7, 8, 9, 15, 17, 32, 33):
         yield linear_case((2, 2), 96, n, bias=True)
 
 
@@ -79,21 +94,38 @@ def test_layouts_change_nothing(tier, dtype):
 
 @compiled
 def test_rows_and_threads_change_nothing(tier):
-    x, w = fill((16, 5000)).bfloat16(), fill((100, 5000), seed=1).bfloat16()
-    whole = mk.linear(x, w, impl="cpu")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = torch.cat([mk.linear(x[i : i + 1], w, impl="cpu") for i in range(16)])
-    torch.set_num_threads(before)
-    assert torch.equal(whole, alone)
+    for k in (5000, 33_001):
+        x, w = fill((16, k)).bfloat16(), fill((100, k), seed=1).bfloat16()
+        whole = mk.linear(x, w, impl="cpu")
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        alone = torch.cat([mk.linear(x[i : i + 1], w, impl="cpu") for i in range(16)])
+        torch.set_num_threads(before)
+        assert torch.equal(whole, alone)
+        for rows in range(2, 16):
+            assert torch.equal(mk.linear(x[:rows], w, impl="cpu"), alone[:rows])
 
 
 @compiled
-def test_nan_stays_where_it_belongs(tier):
-    x, w = torch.ones(2, 33), torch.ones(9, 33)
-    x[0, 32], w[4, 0] = torch.nan, torch.inf
-    out = mk.linear(x, w, impl="cpu")
-    assert out[0].isnan().all() and out[1, 4] == torch.inf and (out[1, [0, 1, 2, 3, 5, 6, 7, 8]] == 33).all()
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("k", [33, 64, 191])
+def test_nan_stays_where_it_belongs(tier, dtype, k):
+    for rows in (2, 5, 16):
+        x, w = torch.ones(rows, k, dtype=dtype), torch.ones(37, k, dtype=dtype)
+        x[0, k - 1], w[4, 0], w[33, k - 1], w[36, 0] = torch.nan, torch.inf, torch.nan, -torch.inf
+        expected = torch.full((rows, 37), float(k), dtype=dtype)
+        expected[:, 4], expected[:, 33], expected[:, 36], expected[0] = torch.inf, torch.nan, -torch.inf, torch.nan
+        torch.testing.assert_close(mk.linear(x, w, impl="cpu"), expected, equal_nan=True, rtol=0, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_nothing_is_read_past_the_ends(tier, dtype):
+    """The last page of memory before one that nobody may read."""
+    for rows, n, k in ((1, 19, 33), (3, 16, 64), (16, 5, 100), (7, 1, 31), (2, 40, 1)):
+        x, w = fill((rows, k)).to(dtype), fill((n, k), seed=1).to(dtype)
+        expected = mk.linear(x, w, impl="cpu")
+        assert torch.equal(mk.linear(at_an_end(x), at_an_end(w), impl="cpu"), expected)
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])

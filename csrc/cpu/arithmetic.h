@@ -166,6 +166,22 @@ MK_INLINE void exchange(V& a, V& b, Indices<I...>) {
   a = low;
 }
 
+template <int half, int n, class V>
+MK_INLINE void exchange_all(V (&t)[n]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++)
+    if (!(i & half)) exchange<half>(t[i], t[i + half], typename Count<sizeof(V) / sizeof(t[0][0])>::type());
+}
+
+// Vector i with the lanes i of all n; each block of n x n lanes by itself, where a vector has more.
+template <int n, class V>
+MK_INLINE void transpose(V (&t)[n]) {
+  if constexpr (n > 8) exchange_all<8>(t);
+  if constexpr (n > 4) exchange_all<4>(t);
+  if constexpr (n > 2) exchange_all<2>(t);
+  exchange_all<1>(t);
+}
+
 // Of a and b the blocks of four lanes at even places, and those at odd ones, a's before b's.
 template <class V, int... I>
 MK_INLINE void take_turns(V& a, V& b, Indices<I...>) {

@@ -21,22 +21,6 @@ MK_INLINE int64_t value_columns(int64_t dim) {
   return round_up(dim, M::width);
 }
 
-template <int half, int n, class V>
-MK_INLINE void exchange_all(V (&t)[n]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < n; i++)
-    if (!(i & half)) exchange<half>(t[i], t[i + half], typename Count<sizeof(V) / sizeof(t[0][0])>::type());
-}
-
-// Each block of n x n lanes.
-template <int n, class V>
-MK_INLINE void transpose(V (&t)[n]) {
-  if constexpr (n > 8) exchange_all<8>(t);
-  if constexpr (n > 4) exchange_all<4>(t);
-  if constexpr (n > 2) exchange_all<2>(t);
-  exchange_all<1>(t);
-}
-
 // One vector of the words of a row, from word `w` on; zeros past `dim`.
 template <class M, class T>
 MK_INLINE typename M::Words row_words(const T* row, int64_t w, int64_t dim) {

@@ -124,12 +124,21 @@ constexpr int64_t in_word = 2;
 #endif
 constexpr int many_rows = 6, tile_vectors = lanes == 16 ? 4 : 2;  // 24 or 12 registers of sums
 constexpr int64_t panel_outputs = tile_vectors * lanes, panels = most_outputs / panel_outputs;
+#if MK_AMX
+// Sums stay in registers for so many codes a row. A panel and so many rows of x are in the second-level cache.
+constexpr int64_t many_block = 4096, most_many = 256, row_unit = 2 * matrix_rows;
+#else
 // A panel of so many codes a row stays in the first-level cache, and so many rows of x, which come by once for each
 // panel, in the second.
-constexpr int64_t many_block = 512, most_many = lanes == 16 ? 384 : 192;
+constexpr int64_t many_block = 512, most_many = lanes == 16 ? 384 : 192, row_unit = many_rows;
+#endif
+
+// Where a panel has a step of one of its vectors: the matrix unit takes one vector's steps in one piece.
+constexpr int64_t panel_steps = many_block / in_word;
+constexpr int64_t place(int64_t step, int64_t v) { return MK_AMX ? v * panel_steps + step : step * tile_vectors + v; }
 
 struct Many {
-  vi panel[panels][many_block / in_word][tile_vectors];
+  vi panel[panels][panel_steps * tile_vectors];
   int32_t sums[most_many][most_outputs];
   float out[most_many][most_outputs];
   int32_t of_codes[most_outputs];
@@ -138,8 +147,8 @@ struct Many {
 
 // sums[i][...] += the products of `steps` words of `rows` rows of x with a panel's.
 template <int rows>
-__attribute__((noinline)) void many_tile(const uint8_t* x, int64_t x_row, const vi (*panel)[tile_vectors],
-                                         int64_t steps, int32_t (*sums)[most_outputs]) {
+__attribute__((noinline)) void many_tile(const uint8_t* x, int64_t x_row, const vi* panel, int64_t steps,
+                                         int32_t (*sums)[most_outputs]) {
   vi c[rows][tile_vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; i++)
@@ -149,7 +158,7 @@ __attribute__((noinline)) void many_tile(const uint8_t* x, int64_t x_row, const 
   do {  // at least one: where none is possible the compiler keeps the sums in memory beside it
     vi w[tile_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < tile_vectors; v++) w[v] = panel[s][v];
+    for (int v = 0; v < tile_vectors; v++) w[v] = panel[place(s, v)];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++) {
       int32_t word;
@@ -192,55 +201,51 @@ MK_INLINE vi row_words(const uint8_t* codes, int64_t count) {
   }
 }
 
-// Vector i with the lanes i of all.
-template <int half = 1>
-MK_INLINE void transpose(vi (&t)[lanes]) {
-  if constexpr (half < lanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; i++)
-      if (!(i & half)) exchange<half>(t[i], t[i + half], typename Count<lanes>::type());
-    transpose<2 * half>(t);
-  }
-}
-
 // The codes [k, k + count) of the outputs [n, n + outputs), in the order of the panels; further outputs, and codes up
 // to a whole vector of words, are zeros.
 void pack(const QuantWeight& w, int64_t n, int64_t outputs, int64_t k, int64_t count, Many& m) {
   const int64_t steps = (count + in_word - 1) / in_word;
-  for (int64_t r = 0; r < most_outputs; r += lanes)
+  for (int64_t r = 0; r < most_outputs; r += lanes) {
+    vi sum[2] = {load_words<vi>(m.of_codes + r)};
     for (int64_t s = 0; s < steps; s += lanes) {
-      vi t[lanes] = {};
       const int64_t at = s * in_word;
-      for (int64_t i = 0; i < lanes && r + i < outputs; i++)
-        t[i] = row_words(w.codes + (n + r + i) * w.row + k + at, count - at);
+      vi t[lanes];
+      const auto read = [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+        t[i] = row_words(w.codes + (n + r + i) * w.row + k + at, left);
+      };
+      if (r + lanes <= outputs && at + in_word * lanes <= count) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; i++) read(i, in_word * lanes);
+      } else {
+        for (int64_t i = 0; i < lanes; i++) t[i] = vi{};
+        for (int64_t i = 0; i < lanes && r + i < outputs; i++) read(i, count - at);
+      }
       transpose(t);
-      for (int64_t i = 0; i < lanes; i++) m.panel[r / panel_outputs][s + i][r % panel_outputs / lanes] = t[i];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; i++) {
+        m.panel[r / panel_outputs][place(s + i, r % panel_outputs / lanes)] = t[i];
+        if constexpr (in_word == 4) sum[i % 2] = dot_bytes(sum[i % 2], set1(0x01010101), t[i]);
+      }
     }
-  if constexpr (in_word == 4)
-    for (int64_t r = 0; r < most_outputs; r += lanes) {
-      vi sum = load_words<vi>(m.of_codes + r);
-      for (int64_t s = 0; s < steps; s++)
-        sum = dot_bytes(sum, set1(0x01010101), m.panel[r / panel_outputs][s][r % panel_outputs / lanes]);
-      store_words(m.of_codes + r, sum);
-    }
+    store_words(m.of_codes + r, sum[0] + sum[1]);
+  }
 }
 
 #if MK_AMX
 
 // sums += the products of 16 MT rows of x with a panel's 64 outputs.
 template <int MT>
-void matrix_rows_of(const uint8_t* x, int64_t x_row, const vi (*panel)[tile_vectors], int64_t steps,
-                    int32_t (*sums)[most_outputs]) {
-  constexpr int64_t row = sizeof panel[0];
+void matrix_rows_of(const uint8_t* x, int64_t x_row, const vi* panel, int64_t steps, int32_t (*sums)[most_outputs]) {
+  constexpr int64_t row = sizeof *panel;
   for (int v = 0; v < tile_vectors; v += 2)
-    multiply_matrices<true, MT, 2>(x, x_row, {&panel[0][v], row, 64, matrix_words * row}, steps, sums[0] + v * lanes,
-                                   sizeof sums[0], false);
+    multiply_matrices<true, MT, 2>(x, x_row, {panel + place(0, v), row, panel_steps * row, matrix_words * row}, steps,
+                                   sums[0] + v * lanes, sizeof sums[0], false);
 }
 
 // The rows from the first one on that the matrix unit takes, by sixteens; how many that were. It takes 64 codes of x at
 // once, which must not lie behind x's last row.
-int64_t matrix_tiles(const uint8_t* x, int64_t x_row, int64_t left, int64_t rows, int64_t count,
-                     const vi (*panel)[tile_vectors], int32_t (*sums)[most_outputs]) {
+int64_t matrix_tiles(const uint8_t* x, int64_t x_row, int64_t left, int64_t rows, int64_t count, const vi* panel,
+                     int32_t (*sums)[most_outputs]) {
   const int64_t steps = (count + 63) / 64;
   if (steps * 64 > left) return 0;
   const Matrices matrices;
@@ -271,23 +276,26 @@ void many_tiles(const Int8Product& a, int64_t first, int64_t rows, int64_t outpu
   }
 }
 
-// out += the sums of group g, scaled; they begin anew.
+// The sums of group g, scaled, are added to `out`, which the last one writes; they begin anew.
+template <class T>
 void add_group(const Int8Product& a, int64_t first, int64_t rows, int64_t n, int64_t outputs, int64_t g, Many& m) {
   for (int64_t r = 0; r < outputs; r++) m.scale[r] = a.weight->scale[(n + r) * a.weight->groups + g];
-  for (int64_t i = 0; i < rows; i++)
+  for (int64_t i = 0; i < rows; i++) {
     for (int64_t r = 0; r < most_outputs; r += lanes) {
       vi sum = load_words<vi>(m.sums[i] + r);
+      store_words(m.sums[i] + r, vi{});
       if constexpr (in_word == 4) sum -= load_words<vi>(m.of_codes + r) * 128;  // x has 128 more
-      store(m.out[i] + r, load(m.out[i] + r) + to_float(sum) * a.x_scale[first + i] * load(m.scale + r));
+      const vf before = g ? load(m.out[i] + r) : vf{};
+      store(m.out[i] + r, before + to_float(sum) * a.x_scale[first + i] * load(m.scale + r));
     }
-  __builtin_memset(m.sums, 0, rows * sizeof m.sums[0]);
+    if (g + 1 == a.weight->groups) finish<T>(a.share, first + i, n, outputs, m.out[i]);
+  }
   __builtin_memset(m.of_codes, 0, sizeof m.of_codes);
 }
 
 template <class T>
 void many_block_of(const Int8Product& a, int64_t first, int64_t rows, int64_t n, int64_t outputs, Many& m) {
   const QuantWeight& w = *a.weight;
-  __builtin_memset(m.out, 0, rows * sizeof m.out[0]);
   for (int64_t g = 0; g < w.groups; g++) {
     const int64_t begin = g * w.group, end = w.groups == 1 ? w.k : least(w.k, begin + w.group);
     for (int64_t k = begin; k < end; k += many_block) {
@@ -295,9 +303,8 @@ void many_block_of(const Int8Product& a, int64_t first, int64_t rows, int64_t n,
       pack(w, n, outputs, k, count, m);
       many_tiles(a, first, rows, outputs, k, count, m);
     }
-    add_group(a, first, rows, n, outputs, g, m);
+    add_group<T>(a, first, rows, n, outputs, g, m);
   }
-  for (int64_t i = 0; i < rows; i++) finish<T>(a.share, first + i, n, outputs, m.out[i]);
 }
 
 template <class T>
@@ -308,7 +315,7 @@ void multiply_many(const Int8Product& a, char* memory) {
   __builtin_memset(m.scale, 0, sizeof m.scale);
   // Blocks of x are about equally long: a short one would hardly pay for the panels.
   const int64_t blocks = (a.rows + most_many - 1) / most_many, last = a.share.first + a.share.count;
-  const int64_t block_rows = round_up((a.rows + blocks - 1) / blocks, many_rows);
+  const int64_t block_rows = round_up((a.rows + blocks - 1) / blocks, row_unit);
   for (int64_t first = 0; first < a.rows; first += block_rows)
     for (int64_t n = a.share.first; n < last; n += most_outputs)
       many_block_of<T>(a, first, least(block_rows, a.rows - first), n, least(most_outputs, last - n), m);

@@ -1,11 +1,12 @@
 #include "cpu/linear.h"
 
 #include "cpu/arithmetic.h"
+#include "cpu/matrix.h"
 
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int group = linear_group;
+constexpr int group = 8;  // outputs computed together
 #if defined(__x86_64__) && !defined(__AVX512F__)
 constexpr int most_rows = 2;  // of x at a time, with 4 of the weight: 16 registers hold their sums
 #else
@@ -116,6 +117,138 @@ void run(const LinearRows& a) {
   }
 }
 
+#if MK_AMX
+
+// ---- by the matrix unit ----
+//
+// 16 rows of the weight are a left factor as they lie in memory; x, whose rows are the columns of the right one, is
+// packed. A product takes as long for one row as for 16, which is less than memory takes to deliver the weight.
+
+constexpr int64_t step_elements = 2 * matrix_words;  // of k
+constexpr int64_t chains = 4;                        // sums along k that do not wait for one another
+constexpr int64_t steps_ahead = 6;                   // a step's weights are fetched so many before their use
+constexpr int64_t longest = chains * 4096;           // of k: float32 sums as short as those of dots
+
+int64_t matrix_steps(int64_t k) { return (k + step_elements - 1) / step_elements; }
+
+// The packed x, and a vector that is written past it.
+int64_t matrix_memory(int64_t rows, int64_t k) { return (matrix_steps(k) * rows + 1) * matrix_words * 4; }
+
+// x as [words of k][rows], with zeros past k. What a vector writes past the rows is written over.
+void pack(const LinearRows& a) {
+  uint32_t* to = (uint32_t*)a.memory;
+  for (int64_t k = 0; k < a.k; k += step_elements) {
+    vu t[lanes] = {};
+    for (int64_t i = 0; i < a.rows; i++) {
+      const bf16* from = (const bf16*)a.x + i * a.x_row + k;
+      t[i] = k + step_elements <= a.k ? row_vector<PairsBf16>(from) : row_vector<PairsBf16>(from, a.k - k);
+    }
+    transpose(t);
+    for (int64_t w = 0; w < matrix_words; w++, to += a.rows) store_words(to, t[w]);
+  }
+}
+
+// A left or right factor: where it begins, and bytes from one row of its register to the next.
+struct Factor {
+  const void* first;
+  int64_t row;
+};
+
+template <int chain>
+MK_INLINE void multiply_step(Factor weight, Factor x) {
+  static_assert(chain < 4);
+  _tile_loadd(4, weight.first, weight.row);
+  _tile_loadd(6, x.first, x.row);
+  if constexpr (chain == 0) _tile_dpbf16ps(0, 4, 6);
+  if constexpr (chain == 1) _tile_dpbf16ps(1, 4, 6);
+  if constexpr (chain == 2) _tile_dpbf16ps(2, 4, 6);
+  if constexpr (chain == 3) _tile_dpbf16ps(3, 4, 6);
+}
+
+// The last elements of the rows, fewer than a step's: no row is read past its end.
+MK_INLINE void multiply_rest(const bf16* weight, int64_t weight_row, int64_t count, int64_t elements, Factor x) {
+  alignas(64) vu rest[matrix_rows] = {};
+  for (int64_t r = 0; r < count; r++) rest[r] = row_vector<PairsBf16>(weight + r * weight_row, elements);
+  asm volatile("" ::: "memory");
+  multiply_step<chains - 1>({rest, 64}, x);
+}
+
+// sums[r] += x's rows . weight[r] over k elements, for `count` rows of the weight. `next` is what comes after them.
+MK_INLINE void matrix_dots(const bf16* weight, const bf16* next, int64_t weight_row, int64_t count, Factor x, int64_t k,
+                           vf (&sums)[matrix_rows]) {
+  const int64_t whole = k / step_elements, x_step = matrix_words * x.row;
+  const auto x_at = [&](int64_t s) { return Factor{(const char*)x.first + s * x_step, x.row}; };
+  const auto step = [&]<int chain>(int64_t s, Registers<chain>) __attribute__((always_inline)) {
+    const int64_t later = s + steps_ahead;
+    const bf16* ahead = later < whole ? weight + later * step_elements : next + (later - whole) * step_elements;
+    for (int64_t r = 0; r < matrix_rows; r++) __builtin_prefetch(ahead + r * weight_row);
+    multiply_step<chain>({weight + s * step_elements, weight_row * (int64_t)sizeof(bf16)}, x_at(s));
+  };
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  asm volatile("" ::: "memory");  // as in multiply_matrices
+  int64_t s = 0;
+  for (; s + chains <= whole; s += chains) {
+    step(s, Registers<0>());
+    step(s + 1, Registers<1>());
+    step(s + 2, Registers<2>());
+    step(s + 3, Registers<3>());
+  }
+  for (; s < whole; s++) step(s, Registers<0>());
+  if (s * step_elements < k)
+    multiply_rest(weight + s * step_elements, weight_row, count, k - s * step_elements, x_at(s));
+  alignas(64) float chain[chains][matrix_rows][matrix_rows];
+  _tile_stored(0, chain[0], sizeof chain[0][0]);
+  _tile_stored(1, chain[1], sizeof chain[0][0]);
+  _tile_stored(2, chain[2], sizeof chain[0][0]);
+  _tile_stored(3, chain[3], sizeof chain[0][0]);
+  asm volatile("" ::: "memory");
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < matrix_rows; r++)
+    sums[r] += (load(chain[0][r]) + load(chain[1][r])) + (load(chain[2][r]) + load(chain[3][r]));
+}
+
+// Up to 16 outputs of all rows. The registers have `count` rows and a.rows columns: what they lack of sums is anything.
+MK_INLINE void matrix_group(const LinearRows& a, int64_t n, int64_t count) {
+  const bf16 *weight = (const bf16*)a.weight + n * a.weight_row, *after = weight + matrix_rows * a.weight_row;
+  const int64_t x_word = a.rows * 4;
+  vf sums[matrix_rows] = {};
+  for (int64_t k = 0; k < a.k; k += longest) {
+    const int64_t some = least(longest, a.k - k);
+    matrix_dots(weight + k, k + some < a.k ? weight + k + some : after, a.weight_row, count,
+                {a.memory + k / 2 * x_word, x_word}, some, sums);
+  }
+  transpose(sums);
+  const vf bias = a.bias ? load_n((const bf16*)a.bias + n, count) : vf{};
+  for (int64_t i = 0; i < a.rows; i++)
+    store_n((bf16*)a.out + i * a.out_row + n, a.bias ? sums[i] + bias : sums[i], count);
+}
+
+void run_matrices(const LinearRows& a) {
+  pack(a);
+  const int64_t last = a.first + a.count, whole = a.first + round_down(a.count, matrix_rows);
+  if (whole > a.first) {
+    const Matrices matrices(matrix_rows, a.rows);
+    for (int64_t n = a.first; n < whole; n += matrix_rows) matrix_group(a, n, matrix_rows);
+  }
+  if (whole < last) {
+    const Matrices matrices(last - whole, a.rows);
+    matrix_group(a, whole, last - whole);
+  }
+}
+
+constexpr auto run_bf16 = run_matrices;
+constexpr int64_t (*memory_bf16)(int64_t, int64_t) = matrix_memory;
+
+#else
+
+constexpr auto run_bf16 = run<bf16>;
+constexpr int64_t (*memory_bf16)(int64_t, int64_t) = nullptr;
+
+#endif
+
 template <class T>
 void round_rows(const float* from, int64_t from_row, const void* bias, void* out, int64_t out_row, int64_t rows,
                 int64_t count) {
@@ -130,7 +263,8 @@ void round_rows(const float* from, int64_t from_row, const void* bias, void* out
 
 }  // namespace
 
-const LinearKernels linear = {{run<float>, run<bf16>, run<f16>, nullptr},
+const LinearKernels linear = {{run<float>, run_bf16, run<f16>, nullptr},
+                              {nullptr, memory_bf16, nullptr, nullptr},
                               {nullptr, round_rows<bf16>, round_rows<f16>, nullptr}};
 
 }  // namespace mk::MK_ISA

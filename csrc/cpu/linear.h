@@ -10,19 +10,21 @@ struct LinearRows {
   const void *x, *weight, *bias;
   void* out;
   int64_t x_row, weight_row, out_row, rows, k, first, count;
+  char* memory;  // of the thread, aligned to 64
 };
 
 constexpr int64_t linear_rows = 16;
-constexpr int64_t linear_group = 8;  // outputs computed together; shares of threads are multiples of it
+constexpr int64_t linear_group = 16;  // shares of threads are multiples of so many outputs
 
 struct LinearKernels {
   // out[i] = from[i] + bias, rounded, for `rows` rows of `count` elements; bias may be null.
   using Round = void (*)(const float* from, int64_t from_row, const void* bias, void* out, int64_t out_row,
                          int64_t rows, int64_t count);
-  void (*run[dtypes])(const LinearRows&);  // null for float64
-  Round round[dtypes];                     // null for other dtypes than those of 16 bits
+  void (*run[dtypes])(const LinearRows&);              // null for float64
+  int64_t (*memory[dtypes])(int64_t rows, int64_t k);  // bytes; null where none is needed
+  Round round[dtypes];                                 // null for other dtypes than those of 16 bits
 };
 
 }  // namespace mk
 
-MK_KERNELS(LinearKernels, linear)
+MK_MATRIX_KERNELS(LinearKernels, linear)

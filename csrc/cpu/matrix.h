@@ -12,16 +12,15 @@ namespace {
 constexpr int64_t matrix_rows = 16;   // of a register, and its columns of 4 bytes
 constexpr int64_t matrix_words = 16;  // along k
 
-// While it lives, the eight registers are configured on this thread: 0 to 5, for results and left factors, with `rows`
-// rows, 6 and 7, for right factors, with all. Then they are configured as before: oneDNN, which torch calls, does not
-// look whether its own configuration is still there.
+// While it lives, all eight registers are whole ones on this thread, or have so many rows of the left factor and so
+// many columns of the right one. Then they are configured as before: oneDNN, which torch calls, does not look whether
+// its own configuration is still there.
 class Matrices {
  public:
-  explicit Matrices(int64_t rows = matrix_rows) {
+  explicit Matrices(int64_t rows = matrix_rows, int64_t columns = matrix_rows) {
     _tile_storeconfig(before_);
-    Configuration asked;
-    for (int i = 0; i < 6; i++) asked.rows[i] = rows;
-    _tile_loadconfig(&asked);
+    const Configuration now(rows, columns);
+    _tile_loadconfig(&now);
   }
   ~Matrices() {
     if (before_[0])
@@ -32,10 +31,17 @@ class Matrices {
   Matrices(const Matrices&) = delete;
 
  private:
+  // Four registers of results, two of the left factor and two of the right one.
   struct alignas(64) Configuration {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+    Configuration(int64_t left_rows, int64_t columns) {
+      for (int i = 0; i < 8; i++) {
+        row_bytes[i] = i == 4 || i == 5 ? 64 : 4 * columns;
+        rows[i] = i < 6 ? left_rows : matrix_rows;
+      }
+    }
   };
   alignas(64) uint8_t before_[64];
 };

@@ -116,15 +116,20 @@ MK_INLINE vf spread(const float* p) {
   }
 }
 
-// Up to one vector of results of a row.
+// Up to one vector of results; called with a constant, so that no length is looked at for a whole one.
+template <class T>
+MK_INLINE void finish_some(const QuantShare& s, int64_t i, int64_t n, int64_t count, const float* sums) {
+  vf v = load_n(sums, count);
+  if (s.bias) v += load_n((const T*)s.bias + n, count);
+  store_n((T*)s.out + i * s.out_row + n, v, count);
+}
+
+// Results of row i.
 template <class T>
 MK_INLINE void finish(const QuantShare& s, int64_t i, int64_t n, int64_t count, const float* sums) {
-  for (int64_t r = 0; r < count; r += lanes) {
-    const int64_t some = least(lanes, count - r);
-    vf v = load_n(sums + r, some);
-    if (s.bias) v += load_n((const T*)s.bias + n + r, some);
-    store_n((T*)s.out + i * s.out_row + n + r, v, some);
-  }
+  int64_t r = 0;
+  for (; r + lanes <= count; r += lanes) finish_some<T>(s, i, n + r, lanes, sums + r);
+  if (r < count) finish_some<T>(s, i, n + r, count - r, sums + r);
 }
 
 }  // namespace

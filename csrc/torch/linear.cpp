@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "torch/products.h"
+#include "torch/work.h"
 
 namespace mk {
 namespace {
@@ -82,6 +83,7 @@ struct Product {
   Tensor out, x, bias;
   Kernel kernel = nullptr;  // null where torch has done it, or there is nothing to do
   LinearRows all = {};
+  int64_t memory_bytes = 0;
 
   int64_t groups() const { return kernel ? (all.count + linear_group - 1) / linear_group : 0; }
 
@@ -89,6 +91,8 @@ struct Product {
     LinearRows share = all;
     share.first = begin * linear_group;
     share.count = std::min(end * linear_group, all.count) - share.first;
+    thread_local Memory memory;
+    share.memory = memory.at_least(memory_bytes);
     kernel(share);
   }
 };
@@ -122,7 +126,9 @@ Product prepare(const Tensor& x_in, const Tensor& weight, const Maybe& bias) {
            rows,
            weight.size(1),
            0,
-           n};
+           n,
+           nullptr};
+  if (const auto bytes = pick(linear_tiers).memory[static_cast<int>(dtype)]) p.memory_bytes = bytes(rows, p.all.k);
   return p;
 }
 

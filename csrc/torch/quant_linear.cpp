@@ -135,7 +135,8 @@ void multiply_int8(const Call& c, void* out) {
   const bool many = c.rows >= many_int8_rows && c.weight.k <= int64_t{1} << 17;
   const auto quantise = many ? kernels.quantise_row_of_many[at] : kernels.quantise_row[at];
   const int64_t codes_in_row = (c.weight.k + int8_row_unit - 1) / int8_row_unit * int8_row_unit;
-  const int64_t row = codes_in_row * (many ? kernels.many_code_bytes : 1);
+  // Of many rows, those that are multiplied at once must not all fall into the same few lines of the caches.
+  const int64_t row = many ? codes_in_row * kernels.many_code_bytes + 64 : codes_in_row;
   auto* codes = reinterpret_cast<uint8_t*>(memory.at_least(c.rows * (row + sizeof(float)) + 64));
   auto* scales = reinterpret_cast<float*>(codes + c.rows * row);
   in_parallel(c.rows, grain_rows(c.weight.k), [&](int64_t begin, int64_t end) {
