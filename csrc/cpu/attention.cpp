@@ -116,8 +116,8 @@ MK_INLINE void strip_values(const Tile<M>& t, int64_t row, int64_t key, int64_t 
 }
 
 // Online softmax (Milakov and Gimelshein 2018) of `count` rows: scores become probabilities relative to the largest so
-// far; factors[r] is that for what was summed before. Returns whether nothing was. The factors, of which most are 1, are
-// computed for all rows at once: neither a call nor a branch for each.
+// far; factors[r] is that for what was summed before. Returns whether nothing was. The factors, of which most are 1,
+// are computed for all rows at once: neither a call nor a branch for each.
 template <class M>
 MK_INLINE bool strip_softmax(const Tile<M>& t, int64_t count, int64_t row, int64_t query, int64_t first, int64_t last,
                              typename M::Scalar* factors) {

@@ -1,5 +1,5 @@
-// The gradients of attention in bf16 by the matrix unit. Sums of dk and dv are kept transposed, [columns][keys]: so P and
-// dS, which lie by pairs of rows, are right factors.
+// The gradients of attention in bf16 by the matrix unit. Sums of dk and dv are kept transposed, [columns][keys]: so P
+// and dS, which lie by pairs of rows, are right factors.
 #pragma once
 #include "cpu/attention_backward_tile.h"
 

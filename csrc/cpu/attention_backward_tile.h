@@ -1,5 +1,5 @@
-// What both ways of computing the gradients of attention share, vectors and the matrix unit: the buffers of a task, keys
-// and values packed once, and the softmax of a strip's rows with the gradients of its scores.
+// What both ways of computing the gradients of attention share, vectors and the matrix unit: the buffers of a task,
+// keys and values packed once, and the softmax of a strip's rows with the gradients of its scores.
 #pragma once
 #include "cpu/attention_backward.h"
 #include "cpu/attention_pack.h"
@@ -203,8 +203,8 @@ MK_INLINE Keys keys_of_strip(const Task<T>& t, const Tile& tile, int64_t row, in
   return {first, most(first, least(tile.end, end))};
 }
 
-// Of `count` rows' scores and dp: dS as rows, and both P and dS as pairs of rows, zeros outside the strip's keys. An odd
-// last row is paired with zeros.
+// Of `count` rows' scores and dp: dS as rows, and both P and dS as pairs of rows, zeros outside the strip's keys. An
+// odd last row is paired with zeros.
 template <class T>
 MK_INLINE void strip_gradients(const Task<T>& t, const Tile& tile, int64_t row, int64_t count, Keys keys) {
   using M = typename Task<T>::M;

@@ -69,7 +69,7 @@ struct Decode {
   Scalar *k_scale, *v_scale;  // of a head's keys, in the places of their scores
   State* states;
   char* copy;
-  Word* q_blocks;  // for the matrix unit
+  Word* q_blocks;      // for the matrix unit
   bool codes = false;  // in any of the spans
   Segment segments[max_spans];
 
@@ -324,8 +324,8 @@ void softmax(const Decode<T>& t, int64_t head, int64_t row) {
   const int64_t n = most(round_up(end, 2 * M::width), 2 * M::width);
   for (; end < n; end++) scores[end] = -INFINITY;
   const auto top = largest_of_row<M>(scores, n);
-  t.states[index] = {top, exponentials<M>(scores, (typename M::Word*)scores, n, base_of(top), t.scale,
-                                          t.codes ? t.v_scale : nullptr)};
+  t.states[index] = {
+      top, exponentials<M>(scores, (typename M::Word*)scores, n, base_of(top), t.scale, t.codes ? t.v_scale : nullptr)};
 }
 
 template <class T>

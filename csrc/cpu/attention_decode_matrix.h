@@ -173,8 +173,8 @@ void join_columns(const D& t) {
       const vf high = (vf)_mm512_unpackhi_ps((__m512)even, (__m512)odd);
       // Of low and high the blocks of four lanes in turn.
       store_words(at, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-      store_words(at + lanes, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29,
-                                                      30, 31));
+      store_words(at + lanes,
+                  __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
     }
 }
 
