@@ -243,6 +243,27 @@ def test_lengths_that_lie_are_not_followed():
 
 
 @pytest.mark.skipif("amx" not in testing.isa_tiers(), reason="this processor has no matrix unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_read_past_the_ends(tier, dtype):
+    """Few queries, whose keys are read where they lie, and many; tails of keys and of heads."""
+    for sizes in ((1, 37, 4, 1, 64), (1, 64, 4, 2, 40), (5, 19, 14, 2, 8), (1, 300, 3, 1, 100), (50, 70, 2, 1, 96)):
+        inputs = qkv(*sizes, dtype)
+        assert same(run(*(testing.at_an_end(t) for t in inputs)), run(*inputs))
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("queries", [4, 40])
+def test_nan_in_a_query_stays_in_its_row(tier, window, queries):
+    q, k, v = qkv(queries, 40, 8, 1, 64, torch.bfloat16)
+    out, lse = run(q, k, v, window)
+    q[:, 1, 3] = torch.nan
+    got, got_lse = run(q, k, v, window)
+    others = torch.ones(queries, 8, dtype=torch.bool)
+    others[1, 3] = False
+    assert torch.equal(got[0][others], out[0][others]) and torch.equal(got_lse[0].T[others], lse[0].T[others])
+    assert got[0, 1, 3].isnan().all() and got_lse[0, 3, 1].isnan()
+
+
 def test_the_matrix_unit_is_left_as_it_was():
     """torch's products configure its registers too, and remember that they did."""
     q, k, v = qkv(70, 70, 2, 1, 64, torch.bfloat16)

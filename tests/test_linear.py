@@ -1,8 +1,5 @@
 """The linear layer: the C++ kernels of few rows on every instruction set, and what the public function promises."""
 
-import ctypes
-import mmap
-
 import pytest
 import torch
 from torch.nn import functional
@@ -18,18 +15,6 @@ compiled = pytest.mark.skipif(not testing.isa_tiers(), reason="the C++ kernels a
 def tier(request):
     with testing.isa(request.param):
         yield request.param
-
-
-def at_an_end(tensor):
-    """A copy up to where an unreadable page begins."""
-    size = -(-tensor.numel() * tensor.element_size() // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None).mprotect
-    assert protect(ctypes.c_void_p(start + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-    first = size - tensor.numel() * tensor.element_size()
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=first).view(tensor.shape)
-    return copy.copy_(tensor)
 
 
 def shapes():
@@ -125,7 +110,7 @@ def test_nothing_is_read_past_the_ends(tier, dtype):
     for rows, n, k in ((1, 19, 33), (3, 16, 64), (16, 5, 100), (7, 1, 31), (2, 40, 1)):
         x, w = fill((rows, k)).to(dtype), fill((n, k), seed=1).to(dtype)
         expected = mk.linear(x, w, impl="cpu")
-        assert torch.equal(mk.linear(at_an_end(x), at_an_end(w), impl="cpu"), expected)
+        assert torch.equal(mk.linear(testing.at_an_end(x), testing.at_an_end(w), impl="cpu"), expected)
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])

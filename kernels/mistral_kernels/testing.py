@@ -12,9 +12,11 @@ of one reduction, so the RMS over a few rows is a draw and no measurement: the s
 with at least 16 rows, and of all the outputs of several calls together (`pooled`).
 """
 
+import ctypes
 import dataclasses
 import functools
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -237,6 +239,18 @@ def assert_parity(case: Case, dtype: torch.dtype, impl: str | None, **how: Any) 
 
 
 # ---- makers: one function an op, giving a Case ----
+
+
+def at_an_end(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that ends where an unreadable page begins: reading past its end takes the process down."""
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + pages), ctypes.c_size_t(mmap.PAGESIZE), 0):
+        raise OSError("mprotect refuses to close a page")
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size)
+    return copy.view(tensor.shape).copy_(tensor)
 
 
 def norm_case(shape: tuple[int, ...], rounding: str = "model", eps: float = 1e-5) -> Case:
