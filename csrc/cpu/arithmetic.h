@@ -68,18 +68,6 @@ MK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 MK_INLINE int64_t round_down(int64_t a, int64_t to) { return a / to * to; }
 MK_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
-template <class V, class T>
-MK_INLINE V load_words(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class V, class T>
-MK_INLINE void store_words(T* p, V v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-
 // The words of a row from `p` on, in the order of memory.
 template <class M, class T>
 MK_INLINE typename M::Words row_vector(const T* p) {

@@ -239,15 +239,6 @@ MK_INLINE void strip_gradients(const Task<T>& t, const Tile& tile, int64_t row, 
   }
 }
 
-// A vector of columns of a row, from column d on, as far as there are any.
-template <class M, class T>
-MK_INLINE void store_columns(T* row, int64_t d, int64_t dim, typename M::Vec v) {
-  if (d + M::width <= dim)
-    store(row + d, v);
-  else
-    store_n(row + d, v, dim - d);
-}
-
 template <class T>
 MK_INLINE void store_dq(const Task<T>& t, const Tile& tile, int64_t row, int64_t count) {
   using M = typename Task<T>::M;

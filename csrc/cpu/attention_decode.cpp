@@ -39,7 +39,7 @@ DecodeSizes sizes(int64_t dim, int64_t rows) {
   using M = typename ArithmeticOf<T>::type;
   using Scalar = typename M::Scalar;
   const int64_t n = round_up(dim, row_unit<M>), all = decode_heads * padded_rows<M>(rows);
-  const int64_t words = n / M::step, blocks = by_matrices<M> ? decode_heads * round_up(rows, 16) : 0;
+  const int64_t words = n / M::step, blocks = by_matrices<M> ? decode_heads * round_up(rows, rows_unit<M>) : 0;
   return {(all + blocks) * words * (int64_t)sizeof(typename M::Word) +
               (all + 2) * score_row<M> * (int64_t)sizeof(Scalar) + tail_keys * n * (int64_t)sizeof(T),
           all * (n * (int64_t)sizeof(Scalar) + (int64_t)sizeof(RowState<Scalar>))};

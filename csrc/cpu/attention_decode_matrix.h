@@ -33,34 +33,28 @@ void tile_queries(const D& t) {
       }
 }
 
-// sums [16 MT][16] = keys . queries
-template <int MT>
+// sums [64][16] = keys . queries: four sums that do not wait for one another.
 MK_INLINE void multiply_keys(const bf16* k, int64_t k_row, const uint32_t* q, int64_t steps, float* sums) {
-  static_assert(MT == 1 || MT == 2 || MT == 4);
-  asm volatile("" ::: "memory");
+  asm volatile("" ::: "memory");  // as in multiply_matrices
   _tile_zero(0);
-  if constexpr (MT > 1) _tile_zero(1);
-  if constexpr (MT > 2) _tile_zero(2);
-  if constexpr (MT > 2) _tile_zero(3);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
   for (int64_t s = 0; s < steps; s++, k += 2 * matrix_words, q += matrix_block) {
     _tile_loadd(6, q, 64);
     _tile_loadd(4, k, k_row * 2);
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (MT > 1) {
-      _tile_loadd(5, k + matrix_rows * k_row, k_row * 2);
-      _tile_dpbf16ps(1, 5, 6);
-    }
-    if constexpr (MT > 2) {
-      _tile_loadd(4, k + 2 * matrix_rows * k_row, k_row * 2);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(5, k + 3 * matrix_rows * k_row, k_row * 2);
-      _tile_dpbf16ps(3, 5, 6);
-    }
+    _tile_loadd(5, k + matrix_rows * k_row, k_row * 2);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, k + 2 * matrix_rows * k_row, k_row * 2);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, k + 3 * matrix_rows * k_row, k_row * 2);
+    _tile_dpbf16ps(3, 5, 6);
   }
   _tile_stored(0, sums, 64);
-  if constexpr (MT > 1) _tile_stored(1, sums + matrix_block, 64);
-  if constexpr (MT > 2) _tile_stored(2, sums + 2 * matrix_block, 64);
-  if constexpr (MT > 2) _tile_stored(3, sums + 3 * matrix_block, 64);
+  _tile_stored(1, sums + matrix_block, 64);
+  _tile_stored(2, sums + 2 * matrix_block, 64);
+  _tile_stored(3, sums + 3 * matrix_block, 64);
   asm volatile("" ::: "memory");
 }
 
@@ -90,7 +84,12 @@ MK_INLINE void matrix_scores(const D& t, const bf16* k, int64_t k_row, int64_t k
   const int64_t blocks = (t.rows + matrix_rows - 1) / matrix_rows;
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t row = b * matrix_rows;
-    multiply_keys<MT>(k, k_row, t.q_blocks + (head * blocks + b) * t.words * matrix_rows, t.words / matrix_words, sums);
+    const uint32_t* q = t.q_blocks + (head * blocks + b) * t.words * matrix_rows;
+    const int64_t steps = t.words / matrix_words;
+    if constexpr (MT == 4)
+      multiply_keys(k, k_row, q, steps, sums);
+    else
+      multiply_matrices<false, MT, 1>(k, k_row * 2, {q, 64, 0, matrix_block * 4}, steps, sums, 64, true);
     for (int64_t i = 0; i < keys; i += matrix_rows)
       store_scores(t, sums + i * matrix_rows, head * t.all_rows + row, least(matrix_rows, t.rows - row), place + i);
   }

@@ -185,6 +185,15 @@ MK_INLINE Scaling scaling(double scale) {
 
 constexpr double log2_e = 1.4426950408889634;
 
+// A vector of columns of a row, from column d on, as far as there are any.
+template <class M, class T>
+MK_INLINE void store_columns(T* row, int64_t d, int64_t dim, typename M::Vec v) {
+  if (d + M::width <= dim)
+    store(row + d, v);
+  else
+    store_n(row + d, v, dim - d);
+}
+
 // The output row and the natural log of the softmax's denominator: 0 and -inf where no key is visible.
 template <class M, class T>
 MK_INLINE void finish_row(const Attention& a, const typename M::Scalar* acc, RowState<typename M::Scalar> state, T* out,
@@ -194,10 +203,7 @@ MK_INLINE void finish_row(const Attention& a, const typename M::Scalar* acc, Row
   for (int64_t d = 0; d < a.dim; d += M::width) {
     const Vec sums = load_words<Vec>(acc + d);
     const Vec row = state.sum == 0 ? Vec{} : sizeof(T) == 2 ? sums * inverse : sums / state.sum;
-    if (d + M::width <= a.dim)
-      store(out + d, row);
-    else
-      store_n(out + d, row, a.dim - d);
+    store_columns<M>(out, d, a.dim, row);
   }
   if (!lse) return;
   *lse = state.sum == 0 ? -INFINITY : state.top * scaling(a.scale).magnitude + __builtin_log((double)state.sum);

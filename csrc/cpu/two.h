@@ -130,20 +130,13 @@ MK_INLINE Two<vu> rounded_above(Two<vf> v) {
 }
 #endif
 
-template <class V, class T>
-MK_INLINE V load_bits(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
 template <class T>
 MK_INLINE RawTwo<T> load_raw(const T* p) {
   using Raw = typename Format<T>::raw;
   if constexpr (is_bf16<T>)
-    return {load_bits<vu>(p)};
+    return {load_words<vu>(p)};
   else
-    return {load_bits<Raw>(p), load_bits<Raw>(p + Format<T>::width)};
+    return {load_words<Raw>(p), load_words<Raw>(p + Format<T>::width)};
 }
 
 template <Order order, class T>

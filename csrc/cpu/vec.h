@@ -6,6 +6,7 @@
 //   vi, vu         integers of a float's lane
 //   Format<T>      how T lies in memory: `raw`, the vector `vec` that arithmetic on T is done in, its `width`,
 //                  decode(raw) and encode(vec), rounding to nearest even
+//   load_words, store_words  any vector as it lies in memory
 //   load, store    a full vector, unaligned;  load_n, store_n  the first n lanes (the others load as 0)
 //   stream         store past the caches, to an address that is a multiple of the vector's size; end with stream_fence
 //   round_to<T>    to T's precision and back
@@ -164,6 +165,18 @@ struct Format<f16> {
 #endif
   }
 };
+
+template <class V, class T>
+MK_INLINE V load_words(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+MK_INLINE void store_words(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
 
 template <class T>
 using vec_of = typename Format<T>::vec;

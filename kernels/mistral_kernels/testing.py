@@ -238,9 +238,6 @@ def assert_parity(case: Case, dtype: torch.dtype, impl: str | None, **how: Any) 
     return found
 
 
-# ---- makers: one function an op, giving a Case ----
-
-
 def at_an_end(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that ends where an unreadable page begins: reading past its end takes the process down."""
     size = tensor.numel() * tensor.element_size()
@@ -251,6 +248,9 @@ def at_an_end(tensor: torch.Tensor) -> torch.Tensor:
         raise OSError("mprotect refuses to close a page")
     copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size)
     return copy.view(tensor.shape).copy_(tensor)
+
+
+# ---- makers: one function an op, giving a Case ----
 
 
 def norm_case(shape: tuple[int, ...], rounding: str = "model", eps: float = 1e-5) -> Case:
