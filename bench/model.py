@@ -7,7 +7,8 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from mistral.model import Transformer
 from mistral.samples import long_text, smollm2_path
 from mistral.tokenizer import load_tokenizer
 from mistral.training.log import step_flops
-from mistral.weights import load_model
+from mistral.weights import load_model, read_config
 
-from . import report, rows
+from . import rows
 from .limits import Limits
 from .llama import LlamaCpp, files_by_llama_cpp
 from .runner import Row
-from .whole import refuse, share_of_twice_eager, whole_row
+from .whole import key_of, refuse, run_rows, share_of_twice_eager, wanted, whole_row
 
+DTYPE = "bfloat16"
 CHECKED = 192
 WINDOWED = (8192, 1024)  # tokens and window of the long prompt
 LONG = 2048  # tokens from which on those that hold all scores in memory are left out
@@ -147,13 +149,16 @@ def weight_bytes(model: Transformer) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def prefill_row(options: argparse.Namespace, model: Transformer, fused: Transformer, ids: torch.Tensor) -> Row:
-    length, c = len(ids), model.config
+def case_of(family: str, length: int, window: int | None) -> str:
+    return f"{length} tokens W{window}" if family == "prefill" else f"after {length} tokens W{window}"
+
+
+def prefill_row(options: argparse.Namespace, model: Transformer, ids: torch.Tensor) -> Row:
+    fused, length, c = with_ops(model, mistral_kernels), len(ids), model.config
     # A forward pass is a third of a step that trains all weights; the output projection is for the last token only.
     flops = step_flops(c, length, length) / 3 - 2 * (length - 1) * c.vocab_size * c.dim
-    dtype = str(model.dtype).removeprefix("torch.")
     counts = ((float(weight_bytes(model)), "weights"), (flops, "2 weights T + 4 L H D visible keys"))
-    row = whole_row(options, "prefill", f"{length} tokens W{c.sliding_window}", dtype, *counts, "gemm")
+    row = whole_row(options, "prefill", case_of("prefill", length, c.sliding_window), DTYPE, *counts, "gemm")
     calls = {"ours": prefill(fused, ids)}
     long = length > LONG
     if not long:
@@ -168,13 +173,12 @@ def prefill_row(options: argparse.Namespace, model: Transformer, fused: Transfor
     return finish(options, row, fused, calls, ids)
 
 
-def decode_row(options: argparse.Namespace, model: Transformer, fused: Transformer, ids: torch.Tensor) -> Row:
-    c = model.config
+def decode_row(options: argparse.Namespace, model: Transformer, ids: torch.Tensor) -> Row:
+    fused, c = with_ops(model, mistral_kernels), model.config
     held = min(len(ids), c.sliding_window or len(ids))
     cache = 2 * c.n_layers * held * c.n_kv_heads * c.head_dim * model.tok_embeddings.weight.element_size()
-    dtype = str(model.dtype).removeprefix("torch.")
     counts = ((float(weight_bytes(model) + cache), "weights + cache"), (2.0 * c.parameter_count(), "2 weights"))
-    row = whole_row(options, "decode", f"after {len(ids)} tokens W{c.sliding_window}", dtype, *counts, "read")
+    row = whole_row(options, "decode", case_of("decode", len(ids), c.sliding_window), DTYPE, *counts, "read")
     calls = {"ours": decode(fused, ids, ROOM), "eager": decode(model, ids, ROOM)}
     calls |= {name: their_decode(other, ids) for name, other in theirs(model, row).items()}
     calls |= in_turn(options, row, ids)
@@ -183,31 +187,40 @@ def decode_row(options: argparse.Namespace, model: Transformer, fused: Transform
 
 def finish(options: argparse.Namespace, row: Row, fused: Transformer, calls: dict, ids: torch.Tensor) -> Row:
     if not refuse(row, parity(fused, ids[:CHECKED]), "the logits"):
-        rows.time_whole(row, {name: [call] for name, call in calls.items()}, options.limits, options)
+        alternated = {name: [call] for name, call in wanted(options, calls).items()}
+        rows.time_whole(row, alternated, options.limits, options)
         prompt = len(ids) if row.family == "prefill" else 0
         llama_bench(options.llama_bench, options.model, row, prompt, 64)
-    report.print_row(row)
     return row
+
+
+def plan(options: argparse.Namespace, window: int | None) -> Iterator[tuple[str, int, int | None]]:
+    """Family, tokens and window of each row."""
+    lengths = (64,) if options.quick else (512, 2048)
+    yield from (("prefill", n, window) for n in lengths)
+    yield "decode", lengths[0], window
+    if not options.quick and options.window is None:
+        yield "prefill", *WINDOWED
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     options.model = options.model or smollm2_path()
     options.limits = Limits(options.device, options.quick)
-    window = options.window or "config"
-    model = load_model(options.model, ops=mistral_kernels.reference, dtype=torch.bfloat16, window=window)
-    model = model.to(options.device)
-    fused = with_ops(model, mistral_kernels)
+    own = read_config(options.model).sliding_window
     text = torch.tensor(load_tokenizer(options.model).encode(long_text())[: WINDOWED[0]], device=options.device)
-    lengths = (64,) if options.quick else (512, 2048)
+
+    def row_of(family: str, length: int, window: int | None) -> Row:
+        model = load_model(options.model, ops=mistral_kernels.reference, dtype=getattr(torch, DTYPE), window=window)
+        make = prefill_row if family == "prefill" else decode_row
+        return make(options, model.to(options.device), text[:length])
+
     with tempfile.TemporaryDirectory() as folder:
         files, options.no_llama = files_by_llama_cpp(options.model, Path(folder), ("BF16",))
         options.llama = files.get("BF16") if options.device == "cpu" else None
         options.no_llama = options.no_llama or "is timed on CPUs only"
-        found = [prefill_row(options, model, fused, text[:n]) for n in lengths]
-        found.append(decode_row(options, model, fused, text[: lengths[0]]))
-        if not options.quick and options.window is None:
-            length, width = WINDOWED
-            narrow = load_model(options.model, ops=mistral_kernels.reference, dtype=torch.bfloat16, window=width)
-            narrow = narrow.to(options.device)
-            found.append(prefill_row(options, narrow, with_ops(narrow, mistral_kernels), text[:length]))
+        makers = {
+            key_of(family, case_of(family, length, window), DTYPE): partial(row_of, family, length, window)
+            for family, length, window in plan(options, options.window or own)
+        }
+        found = run_rows(options, makers)
     return dict(rows=found, limits=options.limits.source, model=options.model.name)

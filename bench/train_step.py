@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from mistral.demo import hugging_face, with_ops
 from mistral.model import Transformer
 from mistral.training.log import step_flops
 
-from . import report, rows, timing
+from . import rows, timing
 from .limits import Limits
 from .runner import Row
-from .whole import refuse, share_of_twice_eager, tokens_of, whole_row
+from .whole import key_of, refuse, run_rows, share_of_twice_eager, tokens_of, wanted, whole_row
 
 SHAPE: dict[str, Any] = dict(dim=576, n_heads=9, n_kv_heads=3, head_dim=64, hidden_dim=1536, tie_embeddings=True)
 
@@ -84,13 +85,23 @@ def candidates(model: Transformer, ids: torch.Tensor, quick: bool, row: Row) -> 
     return {name: [call] for name, call in found.items()}
 
 
+def size_of(options: argparse.Namespace) -> tuple[int, int]:
+    """Layers and vocabulary."""
+    return (2, 2048) if options.quick else (4, 49152)
+
+
+def case_of(options: argparse.Namespace, length: int, window: int | None) -> str:
+    layers, vocabulary = size_of(options)
+    return f"S{length} W{window} {layers} layers V{vocabulary}"
+
+
 def run_case(options: argparse.Namespace, length: int, window: int | None, dtype: str, limits: Limits) -> Row:
-    layers, vocabulary = (2, 2048) if options.quick else (4, 49152)
+    layers, vocabulary = size_of(options)
     model = build(layers, vocabulary, window, options.device, getattr(torch, dtype))
     ids = tokens_of(length + 1, vocabulary).to(options.device)
     flops = (step_flops(model.config, length, length), "6 weights T + 12 L H D visible keys")
     size = sum(p.nbytes for p in model.parameters())
-    case = f"S{length} W{window} {layers} layers V{vocabulary}"
+    case = case_of(options, length, window)
     # Weights are read forward and backward; AdamW reads and writes weights and both moments, and reads gradients.
     row = whole_row(options, "train-step", case, dtype, (9.0 * size, "9 bytes of weights"), flops, "gemm")
     exact = copy_on(model, mistral_kernels.reference, torch.float64)
@@ -98,7 +109,7 @@ def run_case(options: argparse.Namespace, length: int, window: int | None, dtype
     share = share_of_twice_eager(gradients(copy_on(model, mistral_kernels), ids, True), eager, truth)
     del exact, truth, eager
     if not refuse(row, share, "the gradients"):
-        calls = candidates(model, ids, options.quick, row)
+        calls = wanted(options, candidates(model, ids, options.quick, row))
         stopwatch = timing.Stopwatch(options.device)
         rows.time_whole(row, calls, limits, options, stopwatch)
     return row
@@ -106,9 +117,11 @@ def run_case(options: argparse.Namespace, length: int, window: int | None, dtype
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     limits = Limits(options.device, options.quick)
-    found = []
-    for length, window in ((64, 16),) if options.quick else ((512, None), (1024, 256)):
-        row = run_case(options, length, window, "bfloat16" if not options.quick else "float32", limits)
-        report.print_row(row)
-        found.append(row)
-    return dict(rows=found, limits=limits.source)
+    dtype, cases = ("float32", ((64, 16),)) if options.quick else ("bfloat16", ((512, None), (1024, 256)))
+    makers = {
+        key_of("train-step", case_of(options, length, window), dtype): partial(
+            run_case, options, length, window, dtype, limits
+        )
+        for length, window in cases
+    }
+    return dict(rows=run_rows(options, makers), limits=limits.source)

@@ -6,14 +6,44 @@ one as often: the RMS error over all of them may be twice eager's. Wrong kernels
 
 import argparse
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mistral_kernels import testing
 
+from . import report, rows
 from .runner import Row
+
+
+def run_rows(options: argparse.Namespace, makers: Mapping[str, Callable[[], Row]]) -> list[Row]:
+    """The rows with `--only` in their keys, each printed as soon as it is there."""
+    from tqdm import tqdm
+
+    chosen = {key: make for key, make in makers.items() if options.only in key}
+    if not chosen:
+        sys.exit(f"bench: no row of {options.command!r} has {options.only!r} in its key: {', '.join(makers)}")
+    found = []
+    bar = tqdm(chosen.items(), desc=options.command, leave=False, disable=None)
+    for key, make in bar:
+        bar.set_postfix_str(key)
+        row = make()
+        bar.clear()
+        report.print_row(row)
+        found.append(row)
+    return found
+
+
+def wanted(options: argparse.Namespace, calls: dict[str, Any]) -> dict[str, Any]:
+    """Ours and those peers that `--peers` leaves."""
+    settings = rows.settings_of(options)
+    return {name: call for name, call in calls.items() if name == "ours" or settings.wants(name)}
+
+
+def key_of(family: str, case: str, dtype: str) -> str:
+    return f"{family} {case} {dtype}"
 
 
 def whole_row(
@@ -27,7 +57,7 @@ def whole_row(
     curve: tuple[str, str, int] | None = None,
 ) -> Row:
     counts = [dict(value=value, formula=formula) for value, formula in (moved, flops)]
-    key, command = f"{family} {case} {dtype}", f"python -m bench {options.command}"
+    key, command = key_of(family, case, dtype), f"python -m bench {options.command}"
     return Row(key, command, family, family, "forward", case, dtype, counts[0], counts[1], limit, curve)
 
 

@@ -101,6 +101,16 @@ def test_the_model_s_rows(sample, tmp_path):
         assert row.left_out["llama.cpp llama-bench"] == "not found"
 
 
+def test_only_and_peers_choose_among_the_model_s_rows(sample, tmp_path):
+    out = tmp_path / "model.json"
+    few = ["--quick", "--seconds", "0.01", "--llama-bench", "no-such", "--peers", "eager"]
+    assert cli.main(["model", "--only", "decode", *few, "--json", str(out)]) == 0
+    (row,) = report.rows_of(report.read_json(out))
+    assert row.family == "decode" and row.seconds.keys() == {"ours", "eager", "limit"}
+    with pytest.raises(SystemExit, match=r"'no such row'.*prefill 64 tokens"):
+        cli.main(["model", "--only", "no such row", *few])
+
+
 def test_llama_bench_is_read(tmp_path):
     from bench import model
 
