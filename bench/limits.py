@@ -1,11 +1,14 @@
 """The machine's own limits, measured in the same rounds as the ops: read and copy bandwidth, GEMM rate.
 
 On a CPU the bandwidths come from `probe.c`, compiled when the benchmark starts; without a C compiler from torch's
-`sum` and `copy_`. The GEMM rate is torch's matrix product of the row's dtype.
+`sum` and `copy_`. Each call takes the next part of buffers that are larger than the last cache, as the ops take their
+inputs in turn. The GEMM rate is torch's matrix product of the row's dtype.
 """
 
 import ctypes
 import functools
+import itertools
+import math
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +19,8 @@ from typing import Any
 import torch
 
 from mistral_kernels import testing
+
+from . import machine
 
 COMPILERS = ("cc", "gcc", "clang")
 FMA_ROUNDS, FMA_FLOPS = 5_000_000, 2 * 12 * 8  # of probe_fma: rounds of a call, and FLOPs of a round
@@ -54,12 +59,17 @@ class Limits:
 
     Args:
         device: "cpu" or "cuda".
-        quick: smaller buffers; they are still larger than a CPU's caches usually are.
+        quick: smaller buffers, which a large last cache may hold.
+
+    Attributes:
+        bytes: what one call reads, or reads and writes again.
+        parts: so many lie in a buffer, twice what the last cache holds.
     """
 
     def __init__(self, device: str, quick: bool = False):
         self.device, self.quick = device, quick
         self.bytes = (1 << 30 if device == "cuda" else 1 << 27) >> (1 if quick else 0)
+        self.parts = 1 if quick or device == "cuda" else math.ceil(2 * machine.last_cache_bytes() / self.bytes)
         self.size = 8192 if device == "cuda" else 1024 if quick else 2048
         self.source = {
             "read": "probe.c" if device == "cpu" and _probe() is not None else "torch.sum",
@@ -70,10 +80,16 @@ class Limits:
         }
 
     @functools.cached_property
-    def _buffers(self) -> list[torch.Tensor]:
-        if self.device == "cuda":
-            return [torch.ones(self.bytes // 4, dtype=torch.float32, device="cuda") for _ in range(2)]
-        return [_aligned(self.bytes // 4) for _ in range(2)]
+    def _buffer(self) -> torch.Tensor:
+        return self._ones()
+
+    @functools.cached_property
+    def _copied(self) -> torch.Tensor:
+        return self._ones()
+
+    def _ones(self) -> torch.Tensor:
+        count = self.parts * self.bytes // 4
+        return torch.ones(count, dtype=torch.float32, device="cuda") if self.device == "cuda" else _aligned(count)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - one Limits lives as long as the program
     def _matrices(self, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -111,11 +127,20 @@ class Limits:
             return lambda: tiny.clone()
         if kind not in ("read", "copy"):
             raise ValueError(f"limit {kind!r} is not known; there are read, copy, gemm, fma and call")
-        a, b = self._buffers
-        probe = _probe() if self.device == "cpu" else None
-        if probe is None:
-            return (lambda: a.sum()) if kind == "read" else (lambda: b.copy_(a))
-        threads, size = torch.get_num_threads(), self.bytes
+        turns = itertools.cycle(range(self.parts))
+        probe, threads = _probe() if self.device == "cpu" else None, torch.get_num_threads()
+        source = self._buffer.chunk(self.parts)
         if kind == "read":
-            return lambda: probe.probe_read(a.data_ptr(), size, threads)
-        return lambda: probe.probe_copy(b.data_ptr(), a.data_ptr(), size, threads)
+            if probe is None:
+                return lambda: source[next(turns)].sum()
+            return lambda: probe.probe_read(source[next(turns)].data_ptr(), self.bytes, threads)
+        target = self._copied.chunk(self.parts)
+
+        def copy() -> None:
+            part = next(turns)
+            if probe is None:
+                target[part].copy_(source[part])
+            else:
+                probe.probe_copy(target[part].data_ptr(), source[part].data_ptr(), self.bytes, threads)
+
+        return copy

@@ -1,5 +1,7 @@
 """How fast quantised layers and models are: against the bytes that memory can deliver, torch, and llama.cpp."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,24 @@ import mistral_kernels as mk
 from mistral.generate import generate
 from mistral.model import Transformer
 
-from . import timing
+from . import machine, timing
 from .limits import Limits
 from .llama import LlamaCpp
 
 N, K, MANY = 14336, 4096, 512
-COPIES = 4  # of a weight, taken in turn: together they lie in no cache
 
 
 # ---- one layer ----
+
+
+def _cold(weight: mk.QuantizedWeight, quick: bool) -> list[mk.QuantizedWeight]:
+    """The weight and copies of it, to be taken in turn: together they are twice the last cache."""
+    count = 2 if quick else math.ceil(2 * machine.last_cache_bytes() / weight.nbytes)
+
+    def copy() -> mk.QuantizedWeight:
+        return dataclasses.replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+
+    return [weight, *(copy() for _ in range(count - 1))]
 
 
 def _repeated(call: Callable[[Any], Any], sets: list[Any]) -> list[Callable[[], Any]]:
@@ -34,12 +45,12 @@ def _int8_by_torch(x: torch.Tensor, weights: list[mk.QuantizedWeight]) -> list[C
 
 def single_row(quick: bool) -> dict[str, Any]:
     """One row of x: the share of what the read probe reaches, and torch's own op. Rounds take turns."""
-    n, copies = (N // 4, 2) if quick else (N, COPIES)
+    n = N // 4 if quick else N
     x, limits = torch.randn(1, K).bfloat16(), Limits("cpu", quick)
     read, amount = limits.call("read", torch.bfloat16), limits.amount("read")
     found = {}
     for name, scheme, group in (("int8", "int8", None), ("int4 g128", "int4", 128), ("nf4 g64", "nf4", 64)):
-        weights = [mk.quantize_weight(torch.randn(n, K), scheme, group) for _ in range(copies)]
+        weights = _cold(mk.quantize_weight(torch.randn(n, K), scheme, group), quick)
         calls: dict[str, Sequence[timing.Call]] = dict(
             ours=_repeated(lambda w: mk.linear_quantized(x, w), weights), read=[read]
         )

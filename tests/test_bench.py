@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mistral_kernels
-from bench import cases, cli, compare, families, report, timing
+from bench import cases, cli, compare, families, machine, report, timing
 from bench.families import attention, rms_norm, swiglu
 from bench.limits import FMA_FLOPS, FMA_ROUNDS, Limits, _probe
 from bench.runner import Settings, fill_row, run_row
@@ -275,12 +275,24 @@ def test_spread():
 def test_limits_do_their_work(kind, limits):
     call = limits.call(kind, torch.float32)
     if kind == "copy":
-        limits._buffers[0].copy_(torch.arange(limits.bytes // 4))
+        limits._buffer.copy_(torch.arange(limits.parts * limits.bytes // 4))
     call()
     if kind == "copy":
-        assert torch.equal(*limits._buffers)
+        assert torch.equal(limits._buffer, limits._copied)
     fma = FMA_ROUNDS * FMA_FLOPS * torch.get_num_threads() if _probe() is not None else 2 * 32**3
     assert limits.amount(kind) == {"read": 1 << 16, "copy": 1 << 17, "gemm": 2 * 32**3, "fma": fma}[kind]
+
+
+def test_each_call_of_a_limit_takes_the_next_part_of_more_than_a_cache_holds():
+    assert Limits("cpu", quick=True).parts == 1
+    limits = Limits("cpu")
+    assert limits.parts * limits.bytes >= 2 * machine.last_cache_bytes()
+    limits.bytes, limits.parts = 1 << 16, 3
+    call = limits.call("copy", torch.float32)
+    limits._buffer.copy_(torch.arange(3 << 14))
+    for done in (1, 2, 3):
+        call()
+        assert (limits._copied != 1).sum() == (done << 14) - 1  # one of the source's own values is 1
 
 
 def test_the_probe_reads_every_byte():
