@@ -105,6 +105,11 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else _checks.number("scale", scale, finite=True)
 
 
+def longest_of(cu: torch.Tensor) -> int:
+    """The longest of the packed sequences. By numbers of Python: torch's ops take longer than a batch is long."""
+    return max((b - a for a, b in itertools.pairwise(cu.tolist())), default=0)
+
+
 def check_longest(name: str, given: int | None, cu: torch.Tensor, tokens: int) -> int:
     """The longest packed sequence: as given, or all tokens. Below the longest, kernels would leave rows out; on a GPU,
     where lengths are not read, only what no lengths allow is an error."""
@@ -114,7 +119,7 @@ def check_longest(name: str, given: int | None, cu: torch.Tensor, tokens: int) -
     longest, sequences = _checks.integer(given), max(cu.numel() - 1, 1)
     if isinstance(given, torch.Tensor) and given.numel() == 1 and not given.is_floating_point():
         longest = int(given)
-    least = int(cu.diff().max()) if cu.numel() > 1 and looks else -(-tokens // sequences)
+    least = longest_of(cu) if cu.numel() > 1 and looks else -(-tokens // sequences)
     if longest is None or longest < least:
         raise ValueError(f"{name} is {given!r}; it must be an int, and a sequence of {least} tokens is there")
     return torch.sym_min(longest, tokens)

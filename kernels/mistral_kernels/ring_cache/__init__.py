@@ -27,6 +27,7 @@ from ..attention import (
     check_window,
     cuda_supports,
     hopper_first,
+    longest_of,
 )
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
@@ -263,9 +264,7 @@ def _longest(q: torch.Tensor, cu: torch.Tensor | None) -> int:
         return q.shape[1]
     if cu is None:
         return 1
-    if not _checks.may_look(cu):
-        return q.shape[0]
-    return int(cu.diff().max()) if cu.numel() > 1 else 0
+    return longest_of(cu) if _checks.may_look(cu) else q.shape[0]
 
 
 def _chunk(q: torch.Tensor, cu: torch.Tensor | None, max_seqlen: int | None) -> int:
