@@ -94,7 +94,7 @@ MK_INLINE void scale(Source row, Next next, S rstd, const W* weight, W* y, int64
   };
   const auto put_product = [&](int64_t i) {
     two_of<T> v = decode_two<order>(row.template two<order>(i)) * rstd;
-    if constexpr (kModel) v = round_two<T, Nans::short_ones>(v);
+    if constexpr (kModel) v = round_two<T>(v);
     put_two<order, Nans::short_ones, kStream>(y + i, v * load_two<order>(weight + i));
   };
   int64_t i = 0;

@@ -6,7 +6,10 @@ namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t block_rows = 16;  // summed alone before they are added to the rest: short sums err less
-constexpr int some_rows = 4;        // in work at once
+// In work at once. float32 has so few operations that the sums of dweight, loaded and stored for all rows at once,
+// weigh; of 16-bit elements two rows and the next two are what the first cache holds more of.
+template <class T>
+constexpr int some_rows = sizeof(T) == 2 ? 2 : 4;
 
 // The order of the columns in work, and of dweight's sums as far as they are in work four vectors at once.
 template <class T, class W>
@@ -101,22 +104,29 @@ struct Gradients {
     store(dweight + i, sum);
   }
 
-  // The sums of dweight are loaded and stored once for all rows.
+  // The sums of dweight are loaded and stored once for all rows. A row's cache line is stored at once.
   template <bool kStream>
   void more_columns(int64_t i) const {
     constexpr Order o = order<T, W>;
-    two_of<T> sum = {load(dweight + i), load(dweight + i + w)};
-    const two_of<T> by = load_two<o>(weight + i);
-    for (int r = 0; r < kRows; r++) {
-      const two_of<T> normed = load_two<o>(row[r].x + i) * rstd[r], d = load_two<o>(row[r].dy + i);
-      const two_of<T> rounded = kModel ? round_two<T, Nans::short_ones>(normed) : normed;
-      two_of<T> out = {gradient(r, normed.a, rounded.a, d.a, by.a, sum.a),
-                       gradient(r, normed.b, rounded.b, d.b, by.b, sum.b)};
-      if constexpr (kTotal) out = out + load_two<o>(row[r].dtotal + i);
-      put_two<o, nans<T, W>, kStream>(dx[r] + i, out);
+    constexpr int parts = line_of<T> == 2 * w ? 1 : 2;
+    RawTwo<T> out[kRows][parts];
+    for (int p = 0; p < parts; p++, i += 2 * w) {
+      two_of<T> sum = {load(dweight + i), load(dweight + i + w)};
+      const two_of<T> by = load_two<o>(weight + i);
+      for (int r = 0; r < kRows; r++) {
+        const two_of<T> normed = load_two<o>(row[r].x + i) * rstd[r], d = load_two<o>(row[r].dy + i);
+        const two_of<T> rounded = kModel ? round_two<T>(normed) : normed;
+        two_of<T> dx = {gradient(r, normed.a, rounded.a, d.a, by.a, sum.a),
+                        gradient(r, normed.b, rounded.b, d.b, by.b, sum.b)};
+        if constexpr (kTotal) dx = dx + load_two<o>(row[r].dtotal + i);
+        out[r][p] = encode_two<T, o, nans<T, W>>(dx);
+      }
+      store(dweight + i, sum.a);
+      store(dweight + i + w, sum.b);
     }
-    store(dweight + i, sum.a);
-    store(dweight + i + w, sum.b);
+    i -= 2 * parts * w;
+    for (int r = 0; r < kRows; r++)
+      for (int p = 0; p < parts; p++) put_raw<kStream>(dx[r] + i + 2 * p * w, out[r][p]);
   }
 
   void last_columns(int64_t i) const {
@@ -138,8 +148,8 @@ struct Gradients {
     for (; i + 4 * w <= n; i += 4 * w) {
       if (fetches_at<T>(i))
         for (const Row<T, W>& r : next) r.fetch_at((n + i) / 2, line_of<T>);
-#pragma GCC unroll 1
-      for (int j = 0; j < 4; j += 2) more_columns<kStream>(i + j * w);
+      more_columns<kStream>(i);
+      if constexpr (line_of<T> == 2 * w) more_columns<kStream>(i + 2 * w);
     }
     for (; i + w <= n; i += w) columns<kStream>(i);
     if (i < n) last_columns(i);
@@ -192,9 +202,9 @@ void run(const RmsNormGradients& a) {
   }
   for (int64_t r = 0; r < a.rows;) {
     const int64_t in_block = block_rows - (a.at + r) % block_rows;
-    if (in_block >= some_rows && a.rows - r >= some_rows) {
-      add_rows<T, W, kModel, kTotal, some_rows>(a, r, block);
-      r += some_rows;
+    if (in_block >= some_rows<T> && a.rows - r >= some_rows<T>) {
+      add_rows<T, W, kModel, kTotal, some_rows<T>>(a, r, block);
+      r += some_rows<T>;
     } else {
       add_rows<T, W, kModel, kTotal, 1>(a, r, block);
       r++;

@@ -208,17 +208,25 @@ MK_INLINE two_of<T> load_two(const T* p) {
     return {load(p), load(p + Format<T>::width)};
 }
 
-// To T's precision and back, whatever the order.
-template <class T, Nans nans>
+#if !MK_BF16
+// To bf16's precision: beside 1.5 * 2^16 times its power of two v's last bit that stays is the last one of a float. The
+// sum has the opposite sign, so that taking it back restores that of a zero. What is subnormal stays as it is.
+MK_INLINE vf rounded(vf v) {
+  const vf far = (vf)((vu)v & 0x7f800000u) * 98304.f;
+  return -far - (-far - v);
+}
+#endif
+
+// To T's precision and back, whatever the order, of numbers below 2^111.
+template <class T>
 MK_INLINE two_of<T> round_two(two_of<T> v) {
   if constexpr (!is_bf16<T>) {
     return {round_to<T>(v.a), round_to<T>(v.b)};
   } else {
 #if MK_BF16
-    return decode_two<Order::memory>(encode_bf16<Order::memory, nans>(v));
+    return decode_two<Order::memory>(encode_bf16<Order::memory, Nans::short_ones>(v));
 #else
-    const Two<vu> r = rounded_above<nans>(v);
-    return {(vf)(r.a & 0xffff0000u), (vf)(r.b & 0xffff0000u)};
+    return {rounded(v.a), rounded(v.b)};
 #endif
   }
 }
