@@ -8,7 +8,7 @@ namespace {
 template <class T>
 MK_INLINE vec_of<T> silu_times(vec_of<T> gate, vec_of<T> up) {
   if constexpr (sizeof(T) == 2)
-    return gate * up / (exp_fast(-gate) + 1);
+    return gate * up / sigmoid_divisor(gate);
   else
     return gate / (exp(-gate) + 1) * up;
 }

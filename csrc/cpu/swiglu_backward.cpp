@@ -13,12 +13,11 @@ struct Gradients {
 // dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, s = sigmoid(gate).
 template <class T>
 MK_INLINE Gradients<T> gradients(vec_of<T> dy, vec_of<T> gate, vec_of<T> up) {
-  vec_of<T> e;
+  vec_of<T> s;
   if constexpr (sizeof(T) == 2)
-    e = exp_fast(-gate);
+    s = 1 / sigmoid_divisor(gate);
   else
-    e = exp(-gate);
-  const vec_of<T> s = 1 / (e + 1);
+    s = 1 / (exp(-gate) + 1);
   return {dy * up * s * (gate * (1 - s) + 1), dy * gate * s};
 }
 

@@ -10,7 +10,8 @@
 //   load, store    a full vector, unaligned;  load_n, store_n  the first n lanes (the others load as 0)
 //   stream         store past the caches, to an address that is a multiple of the vector's size; end with stream_fence
 //   round_to<T>    to T's precision and back
-//   exp            to 1 ulp or so over the whole range;  exp_fast  to 8e-6, for what is rounded to 16 bits
+//   exp            to 1 ulp or so over the whole range
+//   sigmoid_divisor  1 + e^-x to 8e-6, for what is rounded to 16 bits
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -284,21 +285,29 @@ MK_INLINE vd exp(vd x) {
   return x;
 }
 
-// e^x for what is rounded to 16 bits: relative error 3e-6, and up to 8e-6 where |x| is large, which goes into the power
-// of two without being split. Overflow gives infinity; below -87 it is 2^-126 where there is no scalef.
-MK_INLINE vf exp_fast(vf x) {
-  x *= 1.44269504f;
+// 1 + e^-x, by which the sigmoid divides, for what is rounded to 16 bits: relative error 3e-6, and up to 8e-6 where |x|
+// is large, which goes into the power of two without being split. From 2^127.5 on it is infinity.
+MK_INLINE vf sigmoid_divisor(vf x) {
 #if defined(__AVX512DQ__)
+  x *= -1.44269504f;
   const vf f = (vf)_mm512_reduce_ps((__m512)x, 0);
 #else
-  x = min(max(x, set1(-126.f)), set1(128.f));
-  const vf shifted = x + round_magic, f = x - (shifted - round_magic);
+  // To [-88.8, 88], which are infinity and 1. By the bits it takes a cycle where max and min take four, in what is one
+  // long chain.
+#if defined(__AVX2__)
+  const __m256i low = _mm256_set1_epi32(int(0xc2b1999a)), high = _mm256_set1_epi32(0x42b00000);
+  x = (vf)_mm256_min_epu32(_mm256_min_epi32((__m256i)x, high), low);
+#else
+  x = min(max(x, set1(-88.8f)), set1(88.f));
+#endif
+  constexpr float biased = round_magic + 127.f;
+  const vf shifted = x * -1.44269504f + biased, f = x * -1.44269504f - (shifted - biased);
 #endif
   const vf p = (((f * 0.009582852944731712f + 0.055906426161527634f) * f + 0.24024099f) * f + 0.69312418f) * f + 1.f;
 #if defined(__AVX512DQ__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - f)) + 1.f;
 #else
-  return (vf)((vi)p + ((vi)shifted << 23));
+  return p * (vf)((vi)shifted << 23) + 1.f;
 #endif
 }
 
