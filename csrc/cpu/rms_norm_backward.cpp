@@ -35,37 +35,52 @@ struct Row {
   }
 };
 
-// Sum of x * dy * weight. Float partial sums of at most 64 terms are summed in double, as in the forward.
-template <class T, class W>
-__attribute__((noinline)) double dot(const Row<T, W>& row, const Row<T, W>& next, const W* weight, int64_t n) {
+// The sum of x * dy * weight of each row. Float partial sums of at most 64 terms are summed in double, as in the
+// forward. Two rows share the decoding of the weight.
+template <class T, class W, int kRows>
+__attribute__((noinline)) void dots(const Row<T, W>* row, const Row<T, W>* next, const W* weight, int64_t n,
+                                    double* whole) {
   constexpr int w = Format<T>::width;
+  constexpr Order o = order<T, W>;
   using V = vec_of<T>;
-  double whole = 0;
-  V part[4] = {};
-  const auto add_part = [&] { whole += sum((part[0] + part[1]) + (part[2] + part[3])); };
-  const auto value = [&](int64_t i) { return load(row.x + i) * (load(row.dy + i) * load(weight + i)); };
-  const auto add_two = [&](int64_t i, V& a, V& b) {
-    constexpr Order o = order<T, W>;
-    const two_of<T> v = load_two<o>(row.x + i), by = load_two<o>(row.dy + i) * load_two<o>(weight + i);
-    a += v.a * by.a, b += v.b * by.b;
+  V part[kRows][4] = {};
+  const auto add_parts = [&] {
+    for (int r = 0; r < kRows; r++) {
+      V(&p)[4] = part[r];
+      whole[r] += sum((p[0] + p[1]) + (p[2] + p[3]));
+    }
   };
+  for (int r = 0; r < kRows; r++) whole[r] = 0;
   int64_t i = 0;
   while (i + 4 * w <= n) {
     const int64_t end = n - i < 256 * w ? n : i + 256 * w;
     for (; i + 4 * w <= end; i += 4 * w) {
-      if (fetches_at<T>(i)) next.fetch_at(i / 2, line_of<T>);
-      add_two(i, part[0], part[1]);
-      add_two(i + 2 * w, part[2], part[3]);
+      if (fetches_at<T>(i))
+        for (int r = 0; r < kRows; r++) next[r].fetch_at(i / 2, line_of<T>);
+#pragma GCC unroll 2
+      for (int j = 0; j < 4; j += 2) {
+        const two_of<T> by = load_two<o>(weight + i + j * w);
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; r++) {
+          const two_of<T> v = load_two<o>(row[r].x + i + j * w), d = load_two<o>(row[r].dy + i + j * w) * by;
+          part[r][j] += v.a * d.a, part[r][j + 1] += v.b * d.b;
+        }
+      }
     }
     if (i + 4 * w > n) break;
-    add_part();
-    for (V& p : part) p = V{};
+    add_parts();
+    for (auto& p : part)
+      for (V& v : p) v = V{};
   }
-  for (; i + w <= n; i += w) part[0] += value(i);
-  if (const int64_t left = n - i; left)
-    part[1] += load_n(row.x + i, left) * (load_n(row.dy + i, left) * load_n(weight + i, left));
-  add_part();
-  return whole;
+  for (int r = 0; r < kRows; r++) {
+    const T* x = row[r].x;
+    const W* dy = row[r].dy;
+    int64_t j = i;
+    for (; j + w <= n; j += w) part[r][0] += load(x + j) * (load(dy + j) * load(weight + j));
+    if (const int64_t left = n - j; left)
+      part[r][1] += load_n(x + j, left) * (load_n(dy + j, left) * load_n(weight + j, left));
+  }
+  add_parts();
 }
 
 // What rows of the same length give: dx, and in their order their addition to dweight.
@@ -173,8 +188,13 @@ void add_rows(const RmsNormGradients& a, int64_t first, S* dweight) {
     const int64_t at = first + r, next = !fetches ? at : at + kRows < last ? at + kRows : last;
     g.row[r] = row_at(at), g.next[r] = row_at(next);
     g.rstd[r] = with_short_nan(static_cast<const S*>(a.rstd)[at]);
-    g.mean[r] = S(double(g.rstd[r]) * dot(g.row[r], g.next[r], g.weight, a.n) / double(a.n));
     g.dx[r] = static_cast<T*>(a.dx) + at * a.n;
+  }
+  constexpr int some = kRows < 2 ? 1 : 2;
+  for (int r = 0; r < kRows; r += some) {
+    double dot[some];
+    dots<T, W, some>(g.row + r, g.next + r, g.weight, a.n, dot);
+    for (int j = 0; j < some; j++) g.mean[r + j] = S(double(g.rstd[r + j]) * dot[j] / double(a.n));
   }
   if (a.past_caches)
     g.template all_columns<true>();
