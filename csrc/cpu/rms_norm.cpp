@@ -85,57 +85,86 @@ MK_INLINE double sum_of_squares(Row<T, kAdd> row, Row<T, kAdd> next, T* total, T
   return whole;
 }
 
-template <class T, class W, bool kModel, bool kStream, Order order, class Source, class Next, class S>
-MK_INLINE void scale(Source row, Next next, S rstd, const W* weight, W* y, int64_t n) {
+// y of rows that share the decoding of the weight. A row's cache line is stored at once.
+template <class T, class W, bool kModel, bool kStream, Order order, int kRows, class Source, class Next, class S>
+MK_INLINE void scale(const Source (&row)[kRows], const Next (&next)[kRows], const S (&rstd)[kRows], const W* weight,
+                     W* y, int64_t n) {
   constexpr int w = Format<T>::width;
-  const auto product = [&](vec_of<T> v, vec_of<T> by) {
-    v *= rstd;
-    return (kModel ? round_to<T>(v) : v) * by;
-  };
-  const auto put_product = [&](int64_t i) {
-    two_of<T> v = decode_two<order>(row.template two<order>(i)) * rstd;
+  const auto put_product = [&](int r, int64_t i, two_of<T> by) {
+    two_of<T> v = decode_two<order>(row[r].template two<order>(i)) * rstd[r];
     if constexpr (kModel) v = round_two<T>(v);
-    put_two<order, Nans::short_ones, kStream>(y + i, v * load_two<order>(weight + i));
+    put_two<order, Nans::short_ones, kStream>(y + r * n + i, v * by);
   };
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w) {
-    if (fetches_at<T>(i)) next.fetch_at((n + i) / 2, line_of<T>);
-    put_product(i);
-    put_product(i + 2 * w);
+    if (fetches_at<T>(i))
+      for (const Next& r : next) r.fetch_at((n + i) / 2, line_of<T>);
+    const two_of<T> by = load_two<order>(weight + i), more = load_two<order>(weight + i + 2 * w);
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; r++) {
+      put_product(r, i, by);
+      put_product(r, i + 2 * w, more);
+    }
   }
-  for (; i + w <= n; i += w) put<W, kStream>(y + i, product(row.at(i), load(weight + i)));
-  if (i < n) store_n(y + i, product(row.at(i, n - i), load_n(weight + i, n - i)), n - i);
+#pragma GCC unroll 1
+  for (int r = 0; r < kRows; r++) {
+    const auto product = [&](vec_of<T> v, vec_of<T> by) {
+      v *= rstd[r];
+      return (kModel ? round_to<T>(v) : v) * by;
+    };
+    W* to = y + r * n;
+    int64_t j = i;
+    for (; j + w <= n; j += w) put<W, kStream>(to + j, product(row[r].at(j), load(weight + j)));
+    if (j < n) store_n(to + j, product(row[r].at(j, n - j), load_n(weight + j, n - j)), n - j);
+  }
 }
 
-// While one row is in work the next is fetched, its front half by the first pass and the rest by the second: the
-// processor's own prefetch ends with a row, and the second pass, which finds the row in a cache, would leave memory
-// idle. A sum that is stored past the caches is also kept in one.
-template <class T, class W, bool kModel, bool kAdd, bool kStream>
-void run_rows(const RmsNormRows& a) {
+// While some rows are in work those after them are fetched, the front half of each by the first pass and the rest by
+// the second: the processor's own prefetch ends with a row, and the second pass, which finds the row in a cache, would
+// leave memory idle. A sum that is stored past the caches is also kept in one.
+template <class T, class W, bool kModel, bool kAdd, bool kStream, int kRows>
+MK_INLINE void some_rows(const RmsNormRows& a, int64_t first, T* kept) {
   using S = decltype(sum(vec_of<T>{}));
   constexpr Order order = sizeof(T) == sizeof(W) ? Order::apart : Order::memory;
-  alignas(64) T kept[kAdd && kStream ? fetched_row / sizeof(T) : 1];
-  const bool keeps = kAdd && kStream && a.n * int64_t{sizeof(T)} <= fetched_row;
-  Row<T, kAdd> row = {static_cast<const T*>(a.x), static_cast<const T*>(a.residual)};
-  const W* weight = static_cast<const W*>(a.weight);
-  for (int64_t r = 0; r < a.rows; r++) {
-    Row<T, kAdd> next = row;
-    if (r + 1 < a.rows) next.x += a.x_stride, next.residual += kAdd ? a.residual_stride : 0;
-    const Row<T, kAdd> fetched = a.n * int64_t{sizeof(T)} <= fetched_row ? next : row;
-    T* total = kAdd ? static_cast<T*>(a.total) + r * a.n : nullptr;
-    const double squares = sum_of_squares<T, kAdd, kStream, order>(row, fetched, total, keeps ? kept : nullptr, a.n);
-    const S rstd = S(1 / __builtin_sqrt(squares / double(a.n) + a.eps));
-    static_cast<S*>(a.rstd)[r] = rstd;
-    W* y = static_cast<W*>(a.y) + r * a.n;
-    const auto scale_it = [&](auto source) {
-      scale<T, W, kModel, kStream, order>(source, fetched, with_short_nan(rstd), weight, y, a.n);
-    };
-    if (kAdd && (!kStream || keeps))
-      scale_it(Row<T, false>{kStream ? kept : total, nullptr});
-    else
-      scale_it(row);
-    row = next;
+  const bool fits = a.n * int64_t{sizeof(T)} <= fetched_row, keeps = kAdd && kStream && fits;
+  const auto row_at = [&](int64_t r) {
+    return Row<T, kAdd>{static_cast<const T*>(a.x) + r * a.x_stride,
+                        kAdd ? static_cast<const T*>(a.residual) + r * a.residual_stride : nullptr};
+  };
+  Row<T, kAdd> row[kRows], next[kRows];
+  Row<T, false> total[kRows];
+  S rstd[kRows];
+#pragma GCC unroll 1
+  for (int r = 0; r < kRows; r++) {
+    const int64_t at = first + r, after = at + kRows < a.rows ? at + kRows : a.rows - 1;
+    row[r] = row_at(at), next[r] = row_at(fits ? after : at);
+    T* sums = kAdd ? static_cast<T*>(a.total) + at * a.n : nullptr;
+    total[r] = {kStream ? kept : sums, nullptr};
+    const double squares = sum_of_squares<T, kAdd, kStream, order>(row[r], next[r], sums, keeps ? kept : nullptr, a.n);
+    rstd[r] = S(1 / __builtin_sqrt(squares / double(a.n) + a.eps));
+    static_cast<S*>(a.rstd)[at] = rstd[r];
+    rstd[r] = with_short_nan(rstd[r]);
   }
+  const W* weight = static_cast<const W*>(a.weight);
+  W* y = static_cast<W*>(a.y) + first * a.n;
+  if (kAdd && (!kStream || keeps))
+    scale<T, W, kModel, kStream, order>(total, next, rstd, weight, y, a.n);
+  else
+    scale<T, W, kModel, kStream, order>(row, next, rstd, weight, y, a.n);
+}
+
+constexpr int64_t short_row = 4 << 10;  // bytes
+
+// Of short rows of 16-bit elements two at a time: one's sum hides how long it takes to come from the other's to its
+// rstd. Of longer ones that is little, and the first cache would hold less of two.
+template <class T, class W, bool kModel, bool kAdd, bool kStream>
+void run_rows(const RmsNormRows& a) {
+  alignas(64) T kept[kAdd && kStream ? fetched_row / sizeof(T) : 1];
+  int64_t r = 0;
+  if constexpr (sizeof(T) == 2 && !(kAdd && kStream))
+    if (a.n * int64_t{sizeof(T)} <= short_row)
+      for (; r + 2 <= a.rows; r += 2) some_rows<T, W, kModel, kAdd, kStream, 2>(a, r, kept);
+  for (; r < a.rows; r++) some_rows<T, W, kModel, kAdd, kStream, 1>(a, r, kept);
   if constexpr (kStream) stream_fence();
 }
 
