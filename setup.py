@@ -43,6 +43,7 @@ MATRIX_SOURCES = {
     "int8_product",
     "linear",
     "linear_cross_entropy",
+    "quant_linear",
 }
 OTHER_TIERS = {"base": (4, "")}
 # -ffp-contract=fast lets a*b+c become one FMA; -fno-math-errno and -fno-trapping-math free the vectoriser.

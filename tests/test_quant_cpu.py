@@ -114,14 +114,18 @@ def test_layouts_change_nothing(tier, scheme, rows):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_rows_and_threads_change_nothing(tier, scheme):
-    x, q = fill((16, 3000)).bfloat16(), mk.quantize_weight(fill((100, 3000), seed=1), scheme)
+@pytest.mark.parametrize("group", [None, 0, 32, 64])
+def test_rows_and_threads_change_nothing(tier, scheme, group):
+    x = fill((16, 3000)).bfloat16()
+    q = mk.quantize_weight(fill((100, 3000), seed=1), scheme, group, asymmetric=scheme == "int4" and group == 32)
     whole = mk.linear_quantized(x, q, impl="cpu")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = torch.cat([mk.linear_quantized(x[i : i + 1], q, impl="cpu") for i in range(16)])
     torch.set_num_threads(before)
     assert torch.equal(whole, alone)
+    for rows in (2, 3, 5, 11):
+        assert torch.equal(mk.linear_quantized(x[:rows], q, impl="cpu"), whole[:rows])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
@@ -134,6 +138,33 @@ def test_nan_stays_in_its_row_and_tiny_values_count(tier, scheme, dtype):
     assert out[0].isnan().all() and not out[1].isfinite().any() and out[2].isfinite().all()
     expected = x[3].double() @ q.dequantize(torch.float64).T
     torch.testing.assert_close(out[3].double(), expected, rtol=1e-2, atol=torch.finfo(dtype).tiny)
+
+
+@pytest.mark.parametrize("scheme, asymmetric", [("int8", False), ("int4", False), ("int4", True), ("nf4", False)])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_strange_scales_stay_in_their_outputs(tier, scheme, asymmetric, rows):
+    """Rows lie side by side in memory, and a vector may load those of the next one."""
+    for n, k, group in ((19, 96, 32), (40, 130, 64), (17, 500, 128), (33, 500, 0)):
+        x, q = fill((rows, k)).bfloat16(), mk.quantize_weight(fill((n, k), seed=1), scheme, group, asymmetric)
+        expected = mk.linear_quantized(x, q, impl="cpu")
+        q.scale[3], q.scale[16] = torch.nan, torch.inf
+        out = mk.linear_quantized(x, q, impl="cpu")
+        strange = torch.zeros(n, dtype=torch.bool)
+        strange[[3, 16]] = True
+        assert torch.equal(out[:, ~strange], expected[:, ~strange]) and not out[:, strange].isfinite().any()
+
+
+@pytest.mark.parametrize("scheme, asymmetric", [("int8", False), ("int4", False), ("int4", True), ("nf4", False)])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_nothing_is_read_past_the_ends(tier, dtype, scheme, asymmetric):
+    """The last page of memory before one that nobody may read."""
+    shapes = ((1, 19, 33, 32), (3, 16, 64, 64), (16, 5, 100, 32), (7, 1, 31, 0), (2, 40, 1, 0), (1, 33, 1000, 128))
+    for rows, n, k, group in (*shapes, (5, 32, 576, 64), (1, 16, 200, 32)):
+        x, q = fill((rows, k)).to(dtype), mk.quantize_weight(fill((n, k), seed=1), scheme, group, asymmetric)
+        expected = mk.linear_quantized(x, q, impl="cpu")
+        parts = (testing.at_an_end(t) if t is not None else None for t in (q.codes, q.scale, q.offset))
+        apart = mk.QuantizedWeight(scheme, *parts, q.group, k)
+        assert torch.equal(mk.linear_quantized(testing.at_an_end(x), apart, impl="cpu"), expected)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

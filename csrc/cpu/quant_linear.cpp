@@ -2,7 +2,9 @@
 // stay in the order of memory, and x is put in the order in which a vector of codes comes apart by shifts.
 #include "cpu/quant_linear.h"
 
+#include "cpu/quant_bytes.h"
 #include "cpu/quant_math.h"
+#include "cpu/quant_matrix.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -36,7 +38,26 @@ struct Layout {
   }
 };
 
-int64_t prepared_bytes(const QuantWeight& w, int64_t rows) { return Layout(w.k).row * rows; }
+// Whether x in int16 is taken as two bytes: where a product of bytes has a sign on one side only that must be x's.
+constexpr bool in_digits(Codes kind) { return kind == Codes::int4 ? MK_BF16 : kind == Codes::int8 && MK_AMX; }
+
+#if MK_BF16
+
+// One row of x by int4 codes is as quick without the matrix unit.
+DigitLayout digit_layout(const QuantWeight& w, int64_t rows) {
+  return DigitLayout(w, rows, MK_AMX && (rows > 1 || w.kind == Codes::int8));
+}
+
+#endif
+
+int64_t prepared_bytes(const QuantWeight& w, int64_t rows) {
+  int64_t bytes = Layout(w.k).row * rows;
+#if MK_BF16
+  const DigitLayout l = digit_layout(w, rows);
+  if (bytes < l.block * l.blocks) bytes = l.block * l.blocks;
+#endif
+  return bytes;
+}
 
 // Elements of even places and of odd ones: what the low and the high bytes of half words are multiplied by. Of a block
 // of half-byte codes they are those of its first half, and so on for its second.
@@ -124,6 +145,9 @@ bool prepare_row(const T* x, int64_t k, bool fixed, const Prepared& p) {
 
 template <class T>
 bool prepare(const QuantWeight& w, const QuantRows& rows) {
+#if MK_BF16
+  if (rows.fixed && in_digits(w.kind)) return prepare_digits<T>(w, rows, digit_layout(w, rows.rows));
+#endif
   const Layout layout(w.k);
   for (int64_t i = 0; i < rows.rows; i++) {
     const T* x = (const T*)rows.x + i * rows.x_row;
@@ -292,14 +316,32 @@ Dots by_groups(const QuantWeight& w) {
 
 template <bool fixed>
 Dots dots_of(const QuantWeight& w) {
-  if (w.kind == Codes::int8) return by_groups<Codes::int8, fixed, false>(w);
-  if (w.kind == Codes::int4)
-    return w.offset ? by_groups<Codes::int4, fixed, true>(w) : by_groups<Codes::int4, fixed, false>(w);
+  if constexpr (!fixed || !in_digits(Codes::int8))
+    if (w.kind == Codes::int8) return by_groups<Codes::int8, fixed, false>(w);
+  if constexpr (!fixed || !in_digits(Codes::int4))
+    if (w.kind == Codes::int4)
+      return w.offset ? by_groups<Codes::int4, fixed, true>(w) : by_groups<Codes::int4, fixed, false>(w);
   return by_groups<Codes::nf4, false, false>(w);
 }
 
+#if MK_BF16
+
+template <class T>
+void run_digits(const QuantWeight& w, const QuantRows& rows, const QuantShare& share) {
+  const DigitLayout l = digit_layout(w, rows.rows);
+#if MK_AMX
+  if (l.matrix) return run_matrix<T>(w, rows, share, l);
+#endif
+  run_bytes<T>(w, rows, share, l);
+}
+
+#endif
+
 template <class T>
 void run(const QuantWeight& w, const QuantRows& rows, const QuantShare& share) {
+#if MK_BF16
+  if (rows.fixed && in_digits(w.kind)) return run_digits<T>(w, rows, share);
+#endif
   const Layout layout(w.k);
   const Dots dot = rows.fixed ? dots_of<true>(w) : dots_of<false>(w);
   for (int64_t n = share.first; n < share.first + share.count; n += quant_group)

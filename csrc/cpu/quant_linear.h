@@ -30,7 +30,7 @@ struct QuantShare {
   int64_t out_row, first, count;
 };
 
-constexpr int64_t quant_group = 8;  // outputs computed together; shares of threads are multiples of it
+constexpr int64_t quant_group = 16;  // outputs computed together; shares of threads are multiples of it
 
 struct QuantLinearKernels {
   int64_t (*prepared_bytes)(const QuantWeight&, int64_t rows);
@@ -42,4 +42,4 @@ struct QuantLinearKernels {
 
 }  // namespace mk
 
-MK_KERNELS(QuantLinearKernels, quant_linear)
+MK_MATRIX_KERNELS(QuantLinearKernels, quant_linear)

@@ -47,6 +47,11 @@ MK_INLINE vi dot_bytes(vi c, vi a, vi b) {
 #endif
 }
 
+#if MK_BF16
+// In each block of four lanes a's low halves, then b's; within int16.
+MK_INLINE vs low_halves(vi a, vi b) { return (vs)_mm512_packs_epi32((__m512i)a, (__m512i)b); }
+#endif
+
 struct Table {
   float of[16];
 };
