@@ -20,7 +20,7 @@ def tier(request):
 
 def shapes(scheme):
     """Rows around what one pass takes, and widths and depths around pieces, groups, blocks and tiles."""
-    for rows in (1, 2, 3, 7, 15, 16, 17, 40):
+    for rows in (1, 2, 3, 7, 15, 16, 17, 24, 25, 40, 48, 49):
         yield quantised_case(scheme, (rows,), 200, 24 + rows, (0, 32, 64, 128)[rows % 4], bias=rows % 3 == 0)
     for i, k in enumerate((1, 2, 15, 16, 17, 31, 33, 63, 65, 96, 127, 129, 160, 191, 257, 1023, 1025, 4097, 9000)):
         yield quantised_case(scheme, (1 + k % 5,), k, 19, (0, 32, 64, 128)[i % 4])
@@ -85,6 +85,15 @@ def test_extreme_codes(tier):
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
     few = mk.linear_int8(x[:2].bfloat16(), codes, torch.full((9,), 1 / 128), impl="cpu")
     torch.testing.assert_close(few.float(), expected[:2], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_nan_stays_in_its_row_of_many(tier, scheme, dtype):
+    q, x = mk.quantize_weight(fill((33, 256), seed=1), scheme, 128), torch.ones(40, 256).to(dtype)
+    x[7, 150] = torch.nan
+    finite = mk.linear_quantized(x, q, impl="cpu").isfinite()
+    assert not finite[7].any() and finite[:7].all() and finite[8:].all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

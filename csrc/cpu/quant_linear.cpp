@@ -354,6 +354,13 @@ void run(const QuantWeight& w, const QuantRows& rows, const QuantShare& share) {
     }
 }
 
+// The matrix unit takes more, the fewer columns a row has. Of 17 rows by a weight of 14336 x 4096 that is a quarter of
+// the time, of 48 less than half.
+int64_t few_rows(const QuantWeight& w) {
+  if (!MK_AMX || !in_digits(w.kind) || w.group < 64) return few_quant_rows;
+  return w.group < 128 ? 24 : 48;
+}
+
 // ---- the weight itself, for torch's matrix product ----
 
 // 32 elements, of which `count` are there.
@@ -406,6 +413,7 @@ void dequantise(const QuantWeight& w, int64_t row, void* to) {
 }  // namespace
 
 const QuantLinearKernels quant_linear = {
+    few_rows,
     prepared_bytes,
     {prepare<float>, prepare<bf16>, prepare<f16>, nullptr},
     {run<float>, run<bf16>, run<f16>, nullptr},

@@ -31,8 +31,12 @@ struct QuantShare {
 };
 
 constexpr int64_t quant_group = 16;  // outputs computed together; shares of threads are multiples of it
+// Rows of x up to which a pass over the codes with vectors is quicker than dequantising them (Zen 5).
+constexpr int64_t few_quant_rows = 16;
 
 struct QuantLinearKernels {
+  // Up to so many rows of 16-bit elements a pass over the codes is quicker than dequantising them.
+  int64_t (*few_rows)(const QuantWeight&);
   int64_t (*prepared_bytes)(const QuantWeight&, int64_t rows);
   // False where x has what int16 cannot hold: infinities, nan, or nothing but the tiniest numbers.
   bool (*prepare[dtypes])(const QuantWeight&, const QuantRows&);

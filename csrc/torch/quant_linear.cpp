@@ -15,8 +15,6 @@ namespace {
 
 // Of the codes, what keeps a thread busy for some microseconds.
 constexpr int64_t grain_bytes = int64_t{1} << 16;
-// Up to so many rows a pass over the codes is quicker than dequantising them (Zen 5).
-constexpr int64_t few_rows = 16;
 // From so many rows on it pays to pack an int8 weight for a product with int8 rows.
 constexpr int64_t many_int8_rows = 32;
 
@@ -105,17 +103,24 @@ void share_outputs(const Call& c, int64_t bytes_of_row, void* out, const F& run)
               });
 }
 
-void multiply_rows(const Call& c, void* out) {
+bool are_few(const Call& c) {
+  return c.rows <= (c.dtype == Dtype::f32 ? few_quant_rows : pick(quant_linear_tiers).few_rows(c.weight));
+}
+
+// False where more rows than vectors are quick with hold something that int16 cannot.
+bool multiply_rows(const Call& c, void* out) {
   thread_local Memory memory;
   const auto& kernels = pick(quant_linear_tiers);
   const int at = static_cast<int>(c.dtype);
   QuantRows rows{data(c.x), c.x_row, c.rows, memory.at_least(kernels.prepared_bytes(c.weight, c.rows)),
                  c.dtype != Dtype::f32 && c.weight.kind != Codes::nf4};
   if (!kernels.prepare[at](c.weight, rows) && rows.fixed) {
+    if (c.rows > few_quant_rows) return false;
     rows.fixed = false;
     kernels.prepare[at](c.weight, rows);
   }
   share_outputs(c, c.weight.row, out, [&](const QuantShare& share) { kernels.run[at](c.weight, rows, share); });
+  return true;
 }
 
 Tensor multiply_dequantised(const Call& c, const Tensor& x) {
@@ -180,13 +185,13 @@ Tensor run(Scheme scheme, const Tensor& x_in, const Tensor& codes_in, const Tens
     const Tensor flat = scheme == Scheme::w8a8 ? torch::stable::reshape(rounded_in_float64(c), x.sizes()) : x;
     return torch_linear(flat, weight_in_float64(scheme, c), bias);
   }
-  if (scheme != Scheme::w8a8 && rows > few_rows) return multiply_dequantised(c, x);
+  if (scheme != Scheme::w8a8 && !are_few(c)) return multiply_dequantised(c, x);
   Tensor out = empty({sizes, static_cast<size_t>(dims)}, dtype);
   if (!out.numel()) return out;
   if (scheme == Scheme::w8a8)
     multiply_int8(c, mutable_data(out));
-  else
-    multiply_rows(c, mutable_data(out));
+  else if (!multiply_rows(c, mutable_data(out)))
+    return multiply_dequantised(c, x);
   return out;
 }
 
