@@ -178,15 +178,16 @@ struct GroupScales {
   const int64_t n, count, groups;  // the first row and how many there are; groups of a piece
   const int64_t in_group;          // pieces
   const float *scale, *offset;
-  alignas(64) float turned[4][lanes * lanes];
+  // Twice the scales of 16 groups, twice the offsets, and what a vector reads past the last.
+  alignas(64) float turned[4 * lanes * lanes + lanes];
   GroupScales(const QuantWeight& w, int64_t first, int64_t rows, int64_t of_piece)
       : weight(w),
         n(first),
         count(rows),
         groups(of_piece),
         in_group(w.group > byte_piece ? w.group / byte_piece : 1),
-        scale(turned[0]),
-        offset(turned[2]) {}
+        scale(turned),
+        offset(turned + 2 * lanes * lanes) {}
 };
 
 // The one scale of a row comes at the end: x in int16 is within 1e30, so that its products with codes overflow in no
@@ -202,15 +203,17 @@ void turn(const GroupScales& s, const float* from, int64_t first, float* to) {
 // To piece c, which is 0 or follows the one before.
 MK_INLINE void go_to(GroupScales& s, int64_t c) {
   if (scaled_at_end(s.weight)) {
-    for (int i = 0; !c && i < lanes; i++) s.turned[0][i] = 1;
+    for (int i = 0; !c && i < lanes; i++) s.turned[i] = 1;
     return;
   }
   if (s.in_group > 1 && c % s.in_group) return;
-  const int64_t first = c / s.in_group * s.groups, at = first % lanes * lanes, which = first / lanes % 2;
-  s.scale = s.turned[which] + at, s.offset = s.turned[2 + which] + at;
+  const int64_t first = c / s.in_group * s.groups, at = first % lanes * lanes;
+  float* const scale = s.turned + first / lanes % 2 * lanes * lanes;
+  float* const offset = scale + 2 * lanes * lanes;
+  s.scale = scale + at, s.offset = offset + at;
   if (at) return;
-  turn(s, s.weight.scale, first, s.turned[which]);
-  if (s.weight.offset) turn(s, s.weight.offset, first, s.turned[2 + which]);
+  turn(s, s.weight.scale, first, scale);
+  if (s.weight.offset) turn(s, s.weight.offset, first, offset);
 }
 
 MK_INLINE vf permuted(vi at, const float* p) {
@@ -237,6 +240,7 @@ MK_INLINE void finish_digits(const QuantWeight& w, const QuantShare& share, int6
   finish<T>(share, i, n, count, sums);
 }
 
+// A group's sum times its scale, to a sum of floats: the same operations wherever the sums come from.
 MK_INLINE void add_scaled(vf& acc, vi sum, const SumsOfX& x, vf scale) {
   acc += to_float(sum + x.start) * (scale * x.unit);
 }

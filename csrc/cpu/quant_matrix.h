@@ -75,8 +75,8 @@ __attribute__((noinline)) void matrix_dots(const QuantWeight& w, const DigitLayo
   constexpr int bytes = kind == Codes::int8 ? 128 : 64;
   GroupScales scales(w, n, count, l.groups);
   const JoinDigits join(pairs);
-  vi at;
-  for (int i = 0; i < lanes; i++) at[i] = i / pairs * l.groups + i % l.groups;
+  vi at;  // of a lane: its output's scales, and among them its group's
+  for (int i = 0; i < lanes; i++) at[i] = i / pairs * (int32_t)l.groups + (i & (int32_t)(l.groups - 1));
   vf acc[blocks][pairs] = {};
   const auto rows_of = [&](int64_t c)
                            __attribute__((always_inline)) { return code_rows<bytes>(w, n, count, c, m.copy); };
