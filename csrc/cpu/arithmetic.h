@@ -188,65 +188,72 @@ MK_INLINE void unpack(V& a, V& b, Indices<I...>) {
   a = low;
 }
 
-template <class V, class F>
-MK_INLINE V joined(V a, V b, F f) {
+template <class V, class F, class Join>
+MK_INLINE V joined(V a, V b, F f, Join join) {
   f(a, b, typename Count<sizeof(V) / sizeof(a[0])>::type());
-  return a + b;
+  return join(a, b);
 }
 
-// Lane i becomes the sum of t[i % n], n a power of two, where only blocks of `half` lanes are left to be added up.
-template <int half, int n, class V>
-MK_INLINE V sum_blocks(V (&t)[n]) {
+// Lane i becomes what all lanes of t[i % n] join to, n a power of two, where only blocks of `half` lanes are left to be
+// joined.
+template <int half, int n, class V, class Join>
+MK_INLINE V join_blocks(V (&t)[n], Join join) {
   constexpr int lanes_of = sizeof(V) / sizeof(t[0][0]);
   if constexpr (n == 1) {
     V whole = t[0];
     if constexpr (half < lanes_of) {
-      V more[1] = {whole + rotate<half>(whole, typename Count<lanes_of>::type())};
-      return sum_blocks<2 * half>(more);
+      V more[1] = {join(whole, rotate<half>(whole, typename Count<lanes_of>::type()))};
+      return join_blocks<2 * half>(more, join);
     }
     return whole;
   } else {
     V u[n / 2];
 #pragma GCC unroll 8
     for (int i = 0; i < n / 2; i++)
-      u[i] = joined(t[2 * i], t[2 * i + 1], [](V& a, V& b, auto order) { exchange<half>(a, b, order); });
-    return sum_blocks<2 * half>(u);
+      u[i] = joined(t[2 * i], t[2 * i + 1], [](V& a, V& b, auto order) { exchange<half>(a, b, order); }, join);
+    return join_blocks<2 * half>(u, join);
   }
 }
 
 // The same for as many vectors as a vector has blocks of four lanes.
-template <int n, class V>
-MK_INLINE V sum_all_blocks(V (&t)[n]) {
+template <int n, class V, class Join>
+MK_INLINE V join_all_blocks(V (&t)[n], Join join) {
   if constexpr (n == 1) {
     return t[0];
   } else {
     V u[n / 2];
 #pragma GCC unroll 2
     for (int i = 0; i < n / 2; i++)
-      u[i] = joined(t[2 * i], t[2 * i + 1], [](V& a, V& b, auto order) { take_turns(a, b, order); });
-    return sum_all_blocks(u);
+      u[i] = joined(t[2 * i], t[2 * i + 1], [](V& a, V& b, auto order) { take_turns(a, b, order); }, join);
+    return join_all_blocks(u, join);
   }
 }
 
-// Lane i becomes the sum of t[i % n], n a power of two up to the lanes.
-template <int n, class V>
-MK_INLINE V sum_each(V (&t)[n]) {
+// Lane i becomes what all lanes of t[i % n] join to, n a power of two up to the lanes.
+template <int n, class V, class Join>
+MK_INLINE V join_each(V (&t)[n], Join join) {
   constexpr int lanes_of = sizeof(V) / sizeof(t[0][0]);
   if constexpr (n < 4 || sizeof(t[0][0]) != 4) {
-    return sum_blocks<1>(t);
+    return join_blocks<1>(t, join);
   } else {
+    const auto in_turn = [](V& a, V& b, auto order) { unpack(a, b, order); };
     V u[n / 4];
 #pragma GCC unroll 4
     for (int i = 0; i < n; i += 4) {
-      const V even = joined(t[i], t[i + 2], [](V& a, V& b, auto order) { unpack(a, b, order); });
-      const V odd = joined(t[i + 1], t[i + 3], [](V& a, V& b, auto order) { unpack(a, b, order); });
-      u[i / 4] = joined(even, odd, [](V& a, V& b, auto order) { unpack(a, b, order); });
+      const V even = joined(t[i], t[i + 2], in_turn, join);
+      const V odd = joined(t[i + 1], t[i + 3], in_turn, join);
+      u[i / 4] = joined(even, odd, in_turn, join);
     }
     if constexpr (n == lanes_of)
-      return sum_all_blocks(u);
+      return join_all_blocks(u, join);
     else
-      return sum_blocks<4>(u);
+      return join_blocks<4>(u, join);
   }
+}
+
+template <int n, class V>
+MK_INLINE V sum_each(V (&t)[n]) {
+  return join_each(t, [](V a, V b) { return a + b; });
 }
 
 }  // namespace

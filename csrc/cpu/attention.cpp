@@ -2,23 +2,10 @@
 // queries over blocks of keys. The query heads of a group share the packed block while it lies in the L2 cache.
 #include "cpu/attention.h"
 
-#include "cpu/attention_pack.h"
+#include "cpu/attention_tile_matrix.h"
 
 namespace mk::MK_ISA {
 namespace {
-
-template <class M>
-constexpr int64_t block_keys = by_matrices<M> ? 256 : 512 / (sizeof(typename M::Word) / M::step / 2);
-
-template <class M>
-MK_INLINE int64_t key_panel_words(int64_t dim) {
-  return key_words<M>(dim) * panel_keys<M>;
-}
-
-template <class M>
-MK_INLINE int64_t value_panel_words(int64_t dim) {
-  return value_columns<M>(dim) * panel_keys<M> / M::step;
-}
 
 template <class T>
 void pack(const Attention& a, int64_t sequence, int64_t kv_head, int64_t panel) {
@@ -36,46 +23,6 @@ void pack(const Attention& a, int64_t sequence, int64_t kv_head, int64_t panel) 
   pack_keys<M>(k, keys, a.dim, (Word*)a.key_panels + index * key_panel_words<M>(a.dim));
   pack_values<M>(v, keys, a.dim, (Word*)a.value_panels + index * value_panel_words<M>(a.dim));
 }
-
-// What a thread keeps for one tile.
-template <class M>
-struct Tile {
-  using Scalar = typename M::Scalar;
-  using Word = typename M::Word;
-  const Attention& a;
-  const AttentionSequence& s;
-  const Word *k, *v;                // the panels of this sequence and KV head
-  Scalar *scores, *acc;             // [rows_of_strip][block_keys], [rows][value columns]
-  RowState<Scalar>* states;         // [rows]
-  Word *probabilities, *q;          // [rows_of_strip][block_keys / step], [rows][key words]
-  int64_t head_rows;                // of each head, those past the queries without meaning
-  int64_t q_words, q_row, columns;  // q_row: q_words to the next whole vector
-  Scalar scale;
-
-  static int64_t bytes(int64_t dim, int64_t rows) {
-    const int64_t strip = rows_of_strip<M> * block_keys<M>;
-    rows += tile_heads * (rows_unit<M> - 1);
-    return (strip + rows * value_columns<M>(dim)) * sizeof(Scalar) + rows * sizeof(RowState<Scalar>) +
-           (strip + rows * query_words<M>(dim)) * sizeof(Word);
-  }
-
-  Tile(const Attention& a, const AttentionItem& item, char* scratch) : a(a), s(a.sequences[item.sequence]) {
-    head_rows = round_up(item.last - item.first, rows_unit<M>);
-    const int64_t rows = item.heads * head_rows, strip = rows_of_strip<M> * block_keys<M>;
-    q_words = key_words<M>(a.dim);
-    q_row = query_words<M>(a.dim);
-    columns = value_columns<M>(a.dim);
-    scores = (Scalar*)scratch;
-    acc = scores + strip;
-    probabilities = (Word*)(acc + rows * columns);
-    q = probabilities + strip;
-    states = (RowState<Scalar>*)(q + rows * q_row);
-    const int64_t panel = item.head / (a.heads / a.kv_heads) * a.panels + s.first_panel;
-    k = (const Word*)a.key_panels + panel * key_panel_words<M>(a.dim);
-    v = (const Word*)a.value_panels + panel * value_panel_words<M>(a.dim);
-    scale = (Scalar)(scaling(a.scale).magnitude * log2_e);
-  }
-};
 
 // Scores of MR rows with NV vectors of keys, from key `key` of the packed ones on. Long dot products are summed in
 // parts: one float32 sum over 256 dimensions errs 1.4 times as much as a BLAS, which does the same.
@@ -124,8 +71,8 @@ MK_INLINE bool strip_softmax(const Tile<M>& t, int64_t count, int64_t row, int64
   const int64_t base = t.s.first_key + first, keys = last - first;
   bool fresh = true;
   for (int64_t r = 0; r < count; r++) {
-    typename M::Scalar *scores = t.scores + r * block_keys<M>, &top = t.states[row + r].top;
-    mask_row<M>(scores, keys, first_visible(t.a, t.s, query + r) - base, end_visible(t.a, t.s, query + r) - base);
+    typename M::Scalar *scores = t.scores + r * block_keys<M>, &top = t.tops[row + r];
+    mask_vectors<M>(scores, keys, first_visible(t.a, t.s, query + r) - base, end_visible(t.a, t.s, query + r) - base);
     const typename M::Scalar before = top;
     fresh &= before == -INFINITY;
     top = larger(largest_of_row<M>(scores, keys), before);
@@ -134,10 +81,9 @@ MK_INLINE bool strip_softmax(const Tile<M>& t, int64_t count, int64_t row, int64
   for (int64_t r = 0; r < count; r += M::width)
     store_words(factors + r, exp2_negative<M::degree>(load_words<typename M::Vec>(factors + r)));
   for (int64_t r = 0; r < count; r++) {
-    RowState<typename M::Scalar>& state = t.states[row + r];
-    state.sum = state.sum * factors[r] + exponentials<M>(t.scores + r * block_keys<M>,
-                                                         t.probabilities + r * (block_keys<M> / M::step), keys,
-                                                         base_of(state.top), t.scale);
+    typename M::Scalar& sum = t.sums[row + r];
+    sum = sum * factors[r] + exponentials<M>(t.scores + r * block_keys<M>, t.probabilities + r * (block_keys<M> / M::step),
+                                             keys, base_of(t.tops[row + r]), t.scale);
   }
   return fresh;
 }
@@ -145,15 +91,6 @@ MK_INLINE bool strip_softmax(const Tile<M>& t, int64_t count, int64_t row, int64
 // Room for the factors of a strip's rows, by whole vectors.
 template <class M>
 constexpr int64_t strip_factors = (rows_of_strip<M> + M::width - 1) / M::width * M::width;
-
-// Of the keys [first, last) those that any of `rows` queries from `query` on sees, to whole units of both ends.
-template <class M>
-MK_INLINE void narrow_keys(const Tile<M>& t, int64_t rows, int64_t query, int64_t& first, int64_t& last) {
-  constexpr int64_t unit = 2 * M::width;
-  const int64_t base = t.s.first_key;
-  first = most(first, round_down(most(first_visible(t.a, t.s, query) - base, 0), unit));
-  last = least(last, round_up(end_visible(t.a, t.s, query + rows - 1) - base, unit));
-}
 
 // MR rows, which are the queries from `query` on, over the keys [first, last) as far as any of them sees those.
 template <class M, int MR>
@@ -181,47 +118,12 @@ void strip(const Tile<M>& t, int64_t row, int64_t query, int64_t first, int64_t 
   if (d < t.columns) strip_values<M, MR, 1>(t, row, first, last - first, d, factor);
 }
 
-#if MK_AMX
-
-// acc = factor * acc + P V for NT times 16 columns from `d` on.
-template <class M, int MT, int NT>
-MK_INLINE void matrix_values(const Tile<M>& t, int64_t count, int64_t row, int64_t key, int64_t keys, int64_t d,
-                             const float* factor) {
-  alignas(64) float sums[MT * matrix_rows][NT * lanes];
-  multiply_matrices<false, MT, NT>(t.probabilities, block_keys<M> * 2, value_rows(t.v, t.columns, key, d), keys / 32,
-                                   sums, sizeof sums[0], true);
-  for (int64_t r = 0; r < count; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < NT; n++) {
-      float* acc = t.acc + (row + r) * t.columns + d + n * lanes;
-      const vf sum = load_words<vf>(sums[r] + n * lanes);
-      store_words(acc, factor ? load_words<vf>(acc) * factor[r] + sum : sum);
-    }
-}
-
-// The same as strip() for `count` of 16 MT rows.
-template <class M, int MT>
-void matrix_strip(const Tile<M>& t, int64_t count, int64_t row, int64_t query, int64_t first, int64_t last) {
-  narrow_keys(t, count, query, first, last);
-  if (first >= last) return;
-  for (int64_t key = first; key < last; key += 2 * lanes)
-    multiply_matrices<false, MT, 2>(t.q + row * t.q_row, t.q_row * 4, key_columns(t.k, t.q_words, key),
-                                    t.q_words / matrix_words, t.scores + key - first, block_keys<M> * 4, true);
-  float factors[strip_factors<M>];
-  const float* factor = strip_softmax(t, count, row, query, first, last, factors) ? nullptr : factors;
-  each_registers(t.columns, [&]<int NT>(int64_t d, Registers<NT>) {
-    matrix_values<M, MT, NT>(t, count, row, first, last - first, d, factor);
-  });
-}
-
-#endif
-
 template <class M>
 void any_strip(const Tile<M>& t, int64_t rows, int64_t row, int64_t query, int64_t first, int64_t last) {
 #if MK_AMX
   if constexpr (by_matrices<M>) {
-    if (rows > matrix_rows) return matrix_strip<M, 2>(t, rows, row, query, first, last);
-    return matrix_strip<M, 1>(t, rows, row, query, first, last);
+    if (rows > matrix_rows) return matrix_strip<2>(t, rows, row, query, first, last);
+    return matrix_strip<1>(t, rows, row, query, first, last);
   }
 #endif
   switch (rows) {
@@ -242,12 +144,15 @@ void any_strip(const Tile<M>& t, int64_t rows, int64_t row, int64_t query, int64
 
 template <class M, class T>
 void start_tile(Tile<M>& t, const AttentionItem& item, int64_t rows) {
+  for (int64_t row = 0; row < item.heads * t.head_rows; row++) {
+    t.tops[row] = -INFINITY;
+    t.sums[row] = 0;
+  }
   for (int64_t head = 0; head < item.heads; head++)
     for (int64_t i = 0; i < rows; i++) {
       const int64_t row = head * t.head_rows + i;
       const T* q = (const T*)t.s.q + (item.first + i) * t.a.q_row + (item.head + head) * t.a.q_head;
       pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + row * t.q_row);
-      t.states[row] = {-INFINITY, 0};
     }
 }
 
@@ -259,7 +164,13 @@ void finish_tile(const Tile<M>& t, const AttentionItem& item, int64_t rows) {
       const int64_t row = head * t.head_rows + i, query = item.first + i;
       T* out = (T*)t.s.out + query * t.a.out_row + (item.head + head) * t.a.out_head;
       Scalar* lse = t.s.lse ? (Scalar*)t.s.lse + (item.head + head) * t.a.lse_head + query : nullptr;
-      finish_row<M>(t.a, t.acc + row * t.columns, t.states[row], out, lse);
+#if MK_AMX
+      if constexpr (by_matrices<M>) {
+        if (i % matrix_rows == 0) finish_rows(t, row, least(matrix_rows, rows - i), out, lse);
+        continue;
+      }
+#endif
+      finish_row<M>(t.a, t.acc + row * t.columns, {t.tops[row], t.sums[row]}, out, lse);
     }
 }
 

@@ -220,8 +220,8 @@ MK_INLINE void strip_gradients(const Task<T>& t, const Tile& tile, int64_t row, 
     for (int64_t i = 0; i < there; i++) {
       const int64_t r = pair + i;
       const Scalar* dlse = (const Scalar*)t.d.dlse + tile.head * t.g.dlse_head + (query + r) * t.g.dlse_row;
-      mask_row<M>(s + i * span, n, first_visible(t.a, t.s, query + r) - t.start - first,
-                  end_visible(t.a, t.s, query + r) - t.start - first);
+      mask_vectors<M>(s + i * span, n, first_visible(t.a, t.s, query + r) - t.start - first,
+                      end_visible(t.a, t.s, query + r) - t.start - first);
       factors[i] = exponentials_of_row<M>(s + i * span, dp + i * span, n, scale, *dlse);
     }
     for (int64_t i = there; i < M::step; i++) {

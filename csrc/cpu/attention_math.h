@@ -121,15 +121,33 @@ MK_INLINE void mask_row(typename M::Scalar* s, int64_t n, int64_t first, int64_t
   for (int64_t j = most(last, 0); j < n; j++) s[j] = -INFINITY;
 }
 
+// The same where `n` is a multiple of whole vectors, which are stored whole: their next load would wait for single lanes
+// to get to the cache.
+template <class M>
+MK_INLINE void mask_vectors(typename M::Scalar* s, int64_t n, int64_t first, int64_t last) {
+  using Vec = typename M::Vec;
+  using Scalar = typename M::Scalar;
+  Vec lane;
+  for (int i = 0; i < M::width; i++) lane[i] = i;
+  const auto mask = [&](int64_t j) {
+    const Vec at = lane + (Scalar)j, seen = at < (Scalar)first ? set1(Scalar(-INFINITY)) : load_words<Vec>(s + j);
+    store_words(s + j, at >= (Scalar)last ? set1(Scalar(-INFINITY)) : seen);
+  };
+  int64_t j = 0;
+  for (; j < least(first, n); j += M::width) mask(j);
+  for (j = most(j, round_down(most(last, 0), M::width)); j < n; j += M::width) mask(j);
+}
+
 template <class Scalar>
 struct RowState {
   Scalar top;  // the largest score so far
   Scalar sum;  // of exp2((score - top) * scale)
 };
 
-// Of a row of a multiple of two vectors; four chains of comparisons keep a long one from waiting for each.
+// Lane by lane the largest of a row of a multiple of two vectors; four chains of comparisons keep a long one from
+// waiting for each.
 template <class M>
-MK_INLINE typename M::Scalar largest_of_row(const typename M::Scalar* s, int64_t n) {
+MK_INLINE typename M::Vec top_of_row(const typename M::Scalar* s, int64_t n) {
   using Vec = typename M::Vec;
   constexpr int width = M::width;
   Vec top[4] = {load_words<Vec>(s), load_words<Vec>(s + width)};
@@ -141,7 +159,12 @@ MK_INLINE typename M::Scalar largest_of_row(const typename M::Scalar* s, int64_t
   if (j < n)
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) top[i] = larger(top[i], load_words<Vec>(s + j + i * width));
-  return largest<M>(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+  return larger(larger(top[0], top[1]), larger(top[2], top[3]));
+}
+
+template <class M>
+MK_INLINE typename M::Scalar largest_of_row(const typename M::Scalar* s, int64_t n) {
+  return largest<M>(top_of_row<M>(s, n));
 }
 
 // What scores are taken relative to: the largest, where any key is visible.
@@ -183,7 +206,7 @@ MK_INLINE Scaling scaling(double scale) {
   return scale == 0 ? Scaling{0, 1} : scale < 0 ? Scaling{-1, -scale} : Scaling{1, scale};
 }
 
-constexpr double log2_e = 1.4426950408889634;
+constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
 // A vector of columns of a row, from column d on, as far as there are any.
 template <class M, class T>

@@ -1,0 +1,144 @@
+// Strips of a tile by the matrix unit, which multiplies so fast that the softmax takes most of the time: sixteen rows
+// have their largest scores, their factors and their sums computed side by side, and what the rows summed before is
+// touched only where it has to be scaled.
+#pragma once
+#include "cpu/attention_tile.h"
+
+#if MK_AMX
+
+namespace mk::MK_ISA {
+namespace {
+
+constexpr int64_t score_row = block_keys<PairsBf16>;
+
+// Probabilities are relative to the largest score so far, or to one that is at most 2^8 times less: bf16 and float32
+// hold both equally well, and most blocks leave what was summed before as it is.
+constexpr float slack = 8;
+
+// The largest score of each of sixteen rows.
+MK_INLINE vf largest_of_rows(const float* scores, int64_t keys) {
+  vf top[matrix_rows];
+  for (int r = 0; r < matrix_rows; r++) top[r] = top_of_row<PairsBf16>(scores + r * score_row, keys);
+  return join_each(top, [](vf a, vf b) { return max(a, b); });
+}
+
+// Turns a row's scores into exp2(score * scale - base), bf16 in their place, and returns their sums lane by lane.
+MK_INLINE vf exponentials_in_place(float* s, int64_t keys, float base, float scale) {
+  uint32_t* p = (uint32_t*)s;
+  vf sum0 = {}, sum1 = {};
+  for (int64_t j = 0; j < keys; j += 2 * lanes) {
+    const vf e0 = exp2_negative<5>(load_words<vf>(s + j) * scale - base);
+    const vf e1 = exp2_negative<5>(load_words<vf>(s + j + lanes) * scale - base);
+    sum0 += e0;
+    sum1 += e1;
+    store_probabilities<PairsBf16>(p + j / 2, e0, e1);
+  }
+  return sum0 + sum1;
+}
+
+MK_INLINE bool all(vi mask) { return _mm512_movepi32_mask((__m512i)mask) == 0xffff; }
+
+// Whether sixteen rows from `row` on have nothing before these scores, or factors for what they have.
+struct Before {
+  bool nothing, scaled;
+};
+
+// The same as strip_softmax() for sixteen rows, `scores` being theirs. The base is rounded the same way wherever it
+// occurs, so that it cancels out.
+MK_INLINE Before matrix_softmax(const Tile<PairsBf16>& t, float* scores, int64_t row, int64_t keys, float* factors) {
+  const vf before = load_words<vf>(t.tops + row), scale = set1(t.scale);
+  const vf found = max(largest_of_rows(scores, keys), before);
+  const vf top = (found - before) * scale <= slack ? before : found;  // not where both are -inf
+  const vf none = set1(-INFINITY), base = top == none ? vf{} : top * scale;
+  const vf factor = exp2_negative<5>((before == none ? none : before * scale) - base);
+  store_words(t.tops + row, top);
+  store_words(factors, factor);
+  float bases[matrix_rows];
+  store_words(bases, base);
+  vf sums[matrix_rows];
+  for (int r = 0; r < matrix_rows; r++)
+    sums[r] = exponentials_in_place(scores + r * score_row, keys, bases[r], t.scale);
+  store_words(t.sums + row, load_words<vf>(t.sums + row) * factor + sum_each(sums));
+  return {all(before == none), !all(factor == set1(1.f))};
+}
+
+// acc *= factor for sixteen rows.
+MK_INLINE void scale_rows(float* acc, int64_t columns, const float* factors) {
+  for (int r = 0; r < matrix_rows; r++, acc += columns) {
+    if (factors[r] == 1) continue;
+    for (int64_t d = 0; d < columns; d += lanes) store_words(acc + d, load_words<vf>(acc + d) * factors[r]);
+  }
+}
+
+// The same as strip() for `count` of 16 MT rows; those past `count` hold anything, and nobody reads them.
+template <int MT>
+void matrix_strip(const Tile<PairsBf16>& t, int64_t count, int64_t row, int64_t query, int64_t first, int64_t last) {
+  narrow_keys(t, count, query, first, last);
+  if (first >= last) return;
+  const int64_t keys = last - first, base = t.s.first_key + first;
+  for (int64_t key = first; key < last; key += 2 * lanes)
+    multiply_matrices<false, MT, 2>(t.q + row * t.q_row, t.q_row * 4, key_columns(t.k, t.q_words, key),
+                                    t.q_words / matrix_words, t.scores + key - first, score_row * 4, true);
+  for (int64_t r = 0; r < count; r++)
+    mask_vectors<PairsBf16>(t.scores + r * score_row, keys, first_visible(t.a, t.s, query + r) - base,
+                            end_visible(t.a, t.s, query + r) - base);
+  float factors[MT][matrix_rows];
+  Before before[MT];
+  bool fresh = true;
+  for (int i = 0; i < MT; i++) {
+    before[i] = matrix_softmax(t, t.scores + i * matrix_rows * score_row, row + i * matrix_rows, keys, factors[i]);
+    fresh &= before[i].nothing;
+  }
+  float* acc = t.acc + row * t.columns;
+  if (!fresh)
+    for (int i = 0; i < MT; i++)
+      if (before[i].scaled) scale_rows(acc + i * matrix_rows * t.columns, t.columns, factors[i]);
+  each_registers(t.columns, [&]<int NT>(int64_t d, Registers<NT>) {
+    multiply_matrices<false, MT, NT>(t.scores, score_row * 4, value_rows(t.v, t.columns, first, d), keys / 32, acc + d,
+                                     t.columns * 4, fresh);
+  });
+}
+
+// Natural logarithms: an exponent, and a polynomial of cephes' logf for the rest, in [sqrt(1/2), sqrt(2)), that errs by
+// 1e-7 of it. nan stays.
+struct Logarithms {
+  vf exponent, rest;
+};
+
+MK_INLINE Logarithms logarithms(vf x) {
+  const vi exponent = ((vi)x - 0x3f3504f3) >> 23;
+  const vf f = (vf)((vi)x - (exponent << 23)) - 1.f;
+  constexpr float c[] = {-0.24999993993f,  0.20000714765f, -0.16668057665f, 0.14249322787f,
+                         -0.12420140846f, 0.1167699874f,  -0.1151461031f,  0.070376836292f};
+  vf p = set1(c[7]);
+#pragma GCC unroll 7
+  for (int i = 6; i >= 0; i--) p = p * f + c[i];
+  p = p * f + 0.33333331174f;
+  const vf rest = f + f * f * (f * p - 0.5f);
+  return {__builtin_convertvector(exponent, vf), x == x ? rest : x};
+}
+
+// The same as finish_row() for up to sixteen rows from `row` on.
+MK_INLINE void finish_rows(const Tile<PairsBf16>& t, int64_t row, int64_t count, bf16* out, float* lse) {
+  const vf sums = load_words<vf>(t.sums + row);
+  float inverse[matrix_rows], exponents[matrix_rows], rests[matrix_rows];
+  store_words(inverse, 1.f / sums);
+  for (int64_t r = 0; r < count; r++, out += t.a.out_row) {
+    const float* acc = t.acc + (row + r) * t.columns;
+    const bool seen = t.sums[row + r] != 0;
+    for (int64_t d = 0; d < t.a.dim; d += lanes)
+      store_columns<PairsBf16>(out, d, t.a.dim, seen ? load_words<vf>(acc + d) * inverse[r] : vf{});
+  }
+  if (!lse) return;
+  const Logarithms logs = logarithms(sums);
+  store_words(exponents, logs.exponent);
+  store_words(rests, logs.rest);
+  const double magnitude = scaling(t.a.scale).magnitude;
+  for (int64_t r = 0; r < count; r++)
+    lse[r] = t.sums[row + r] == 0 ? -INFINITY : t.tops[row + r] * magnitude + (exponents[r] * ln_2 + rests[r]);
+}
+
+}  // namespace
+}  // namespace mk::MK_ISA
+
+#endif
