@@ -82,8 +82,9 @@ MK_INLINE bool strip_softmax(const Tile<M>& t, int64_t count, int64_t row, int64
     store_words(factors + r, exp2_negative<M::degree>(load_words<typename M::Vec>(factors + r)));
   for (int64_t r = 0; r < count; r++) {
     typename M::Scalar& sum = t.sums[row + r];
-    sum = sum * factors[r] + exponentials<M>(t.scores + r * block_keys<M>, t.probabilities + r * (block_keys<M> / M::step),
-                                             keys, base_of(t.tops[row + r]), t.scale);
+    sum = sum * factors[r] + exponentials<M>(t.scores + r * block_keys<M>,
+                                             t.probabilities + r * (block_keys<M> / M::step), keys,
+                                             base_of(t.tops[row + r]), t.scale);
   }
   return fresh;
 }

@@ -121,8 +121,8 @@ MK_INLINE void mask_row(typename M::Scalar* s, int64_t n, int64_t first, int64_t
   for (int64_t j = most(last, 0); j < n; j++) s[j] = -INFINITY;
 }
 
-// The same where `n` is a multiple of whole vectors, which are stored whole: their next load would wait for single lanes
-// to get to the cache.
+// The same where `n` is a multiple of whole vectors, which are stored whole: their next load would wait for single
+// lanes to get to the cache.
 template <class M>
 MK_INLINE void mask_vectors(typename M::Scalar* s, int64_t n, int64_t first, int64_t last) {
   using Vec = typename M::Vec;

@@ -108,7 +108,7 @@ struct Logarithms {
 MK_INLINE Logarithms logarithms(vf x) {
   const vi exponent = ((vi)x - 0x3f3504f3) >> 23;
   const vf f = (vf)((vi)x - (exponent << 23)) - 1.f;
-  constexpr float c[] = {-0.24999993993f,  0.20000714765f, -0.16668057665f, 0.14249322787f,
+  constexpr float c[] = {-0.24999993993f, 0.20000714765f, -0.16668057665f, 0.14249322787f,
                          -0.12420140846f, 0.1167699874f,  -0.1151461031f,  0.070376836292f};
   vf p = set1(c[7]);
 #pragma GCC unroll 7

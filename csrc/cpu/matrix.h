@@ -20,6 +20,7 @@ class Matrices {
   explicit Matrices(int64_t rows = matrix_rows, int64_t columns = matrix_rows) {
     _tile_storeconfig(before_);
     const Configuration now(rows, columns);
+    asm volatile("" ::"m"(now));  // the compiler knows of the first word only that it is read
     _tile_loadconfig(&now);
   }
   ~Matrices() {

@@ -24,6 +24,12 @@ void keep_spare(std::unique_ptr<Memory> memory) {
 
 // What packing an element of a key and of a value takes, in multiply-adds.
 constexpr double packing_work = 8;
+// Panels of a KV head that a thread's L2 cache holds beside a tile.
+constexpr int64_t own_bytes = int64_t{1} << 19;
+// Rows that share a KV head, for each thread, in whose products packing the keys once a thread is lost.
+constexpr int64_t own_rows = 160;
+
+std::atomic<uint64_t> runs{0};
 
 struct Work {
   AttentionItem item;
@@ -44,11 +50,11 @@ class Run {
     plan();
     if (work_.empty()) return;
     memory_ = take_spare();
-    const TileSizes tile = tiles_.sizes[dtype_](a_.dim, most_tile_rows_);
+    tile_sizes_ = tiles_.sizes[dtype_](a_.dim, most_tile_rows_);
     const DecodeSizes decode = decoder_.sizes[dtype_](a_.dim, most_decode_rows_);
-    reserve(tile, decode);
-    pack(tile.panel_keys);
-    scratch_bytes_ = std::max(tile.scratch_bytes, decode.scratch_bytes);
+    reserve(decode);
+    pack();
+    scratch_bytes_ = std::max(tile_sizes_.scratch_bytes, decode.scratch_bytes);
     const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[joins_]());
     share_out(work_.size(), total_, [&](int64_t i) { run(work_[i], done.get()); });
     keep_spare(std::move(memory_));
@@ -56,7 +62,7 @@ class Run {
 
  private:
   void plan() {
-    const int64_t panel_keys = tiles_.sizes[dtype_](a_.dim, 1).panel_keys;
+    plan_packing();
     int64_t tile_items = 0;
     for (const AttentionSequence& s : sequences_)
       if (!decoded(s)) tile_items += (s.queries + tile_rows - 1) / tile_rows * a_.kv_heads;
@@ -66,17 +72,36 @@ class Run {
     for (size_t i = 0; i < sequences_.size(); i++) {
       AttentionSequence& s = sequences_[i];
       s.first_key = first_visible(a_, s, 0);
-      s.first_panel = a_.panels;
+      s.first_panel = own_panels_ ? 0 : a_.panels;
       if (!s.queries) continue;
       if (decoded(s)) {
         plan_decode(i);
         continue;
       }
-      for (int64_t p = 0; s.first_key + p * panel_keys < s.keys; p++) panels_.push_back({int64_t(i), p});
-      a_.panels = panels_.size();
+      if (!own_panels_) {
+        for (int64_t p = 0; s.first_key + p * tile_sizes_.panel_keys < s.keys; p++) panels_.push_back({int64_t(i), p});
+        a_.panels = panels_.size();
+      }
       plan_tiles(i, tile_group);
     }
-    std::stable_sort(work_.begin(), work_.end(), [](const Work& x, const Work& y) { return x.cost > y.cost; });
+    std::stable_sort(work_.begin(), work_.end(), [this](const Work& x, const Work& y) {
+      const int64_t head_x = own_panels_ ? head_of(x) : 0, head_y = own_panels_ ? head_of(y) : 0;
+      return head_x != head_y ? head_x < head_y : x.cost > y.cost;
+    });
+  }
+
+  // Short sequences are packed by each thread that works on them: waiting until all are packed, and fetching the panels
+  // from another core, takes longer.
+  void plan_packing() {
+    tile_sizes_ = tiles_.sizes[dtype_](a_.dim, 1);
+    const int64_t key_bytes = (tile_sizes_.key_panel_bytes + tile_sizes_.value_panel_bytes) / tile_sizes_.panel_keys;
+    for (const AttentionSequence& s : sequences_)
+      own_panels_ &= decoded(s) || (s.keys * key_bytes <= own_bytes && s.queries * group_ >= own_rows * threads());
+  }
+
+  // A number for each KV head of each sequence.
+  int64_t head_of(const Work& work) const {
+    return work.item.sequence * a_.kv_heads + work.item.head / (work.pieces ? 1 : group_);
   }
 
   bool decoded(const AttentionSequence& s) const { return mk::decoded(a_, s.queries); }
@@ -115,18 +140,19 @@ class Run {
     }
   }
 
-  void reserve(const TileSizes& tile, const DecodeSizes& decode) {
+  void reserve(const DecodeSizes& decode) {
     const auto line = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     a_.partial_bytes = line(decode.partial_bytes);
     const int64_t panels = a_.kv_heads * a_.panels;
-    const int64_t keys = line(panels * tile.key_panel_bytes), values = line(panels * tile.value_panel_bytes);
+    const int64_t keys = line(panels * tile_sizes_.key_panel_bytes),
+                  values = line(panels * tile_sizes_.value_panel_bytes);
     a_.key_panels = memory_->at_least(keys + values + partials_ * a_.partial_bytes);
     a_.value_panels = a_.key_panels + keys;
     a_.partials = a_.value_panels + values;
   }
 
-  void pack(int64_t panel_keys) {
-    const int64_t count = panels_.size(), keys = count * a_.kv_heads * panel_keys;
+  void pack() {
+    const int64_t count = panels_.size(), keys = count * a_.kv_heads * tile_sizes_.panel_keys;
     share_out(count * a_.kv_heads, packing_work * keys * a_.dim, [&](int64_t i) {
       const auto [sequence, panel] = panels_[i % count];
       tiles_.pack[dtype_](a_, sequence, i / count, panel);
@@ -136,12 +162,29 @@ class Run {
   void run(const Work& work, std::atomic<int64_t>* done) const {
     static thread_local Memory scratch;
     char* memory = scratch.at_least(scratch_bytes_);
-    if (!work.pieces) return tiles_.tile[dtype_](a_, work.item, memory);
+    if (!work.pieces) return own_panels_ ? run_packing(work, memory) : tiles_.tile[dtype_](a_, work.item, memory);
     decoder_.run[dtype_](a_, work.item, memory);
     if (done[work.join].fetch_add(1, std::memory_order_acq_rel) + 1 < work.pieces) return;
     AttentionItem first = work.item;
     first.partial = work.first_partial;
     decoder_.join[dtype_](a_, first, work.pieces);
+  }
+
+  // A tile with the thread's own panels, of which those that an earlier tile has packed are there.
+  void run_packing(const Work& work, char* scratch) const {
+    static thread_local Memory memory;
+    static thread_local uint64_t run;
+    static thread_local int64_t head, packed;
+    const AttentionSequence& s = sequences_[work.item.sequence];
+    const int64_t needed =
+        (end_visible(a_, s, work.item.last - 1) - s.first_key + tile_sizes_.panel_keys - 1) / tile_sizes_.panel_keys;
+    const int64_t all = (s.keys - s.first_key + tile_sizes_.panel_keys - 1) / tile_sizes_.panel_keys;
+    Attention a = a_;
+    a.key_panels = memory.at_least(all * (tile_sizes_.key_panel_bytes + tile_sizes_.value_panel_bytes));
+    a.value_panels = a.key_panels + all * tile_sizes_.key_panel_bytes;
+    if (run != id_ || head != head_of(work)) run = id_, head = head_of(work), packed = 0;
+    for (; packed < needed; packed++) tiles_.pack[dtype_](a, work.item.sequence, work.item.head / group_, packed);
+    tiles_.tile[dtype_](a, work.item, scratch);
   }
 
   Attention a_;
@@ -151,6 +194,9 @@ class Run {
   int64_t group_, most_tile_rows_ = 1, most_decode_rows_ = 1, joins_ = 0, partials_ = 0, scratch_bytes_ = 0;
   int dtype_;
   double total_ = 0;
+  TileSizes tile_sizes_;
+  bool own_panels_ = true;
+  const uint64_t id_ = ++runs;
   std::vector<Work> work_;
   struct Panel {
     int64_t sequence, panel;
