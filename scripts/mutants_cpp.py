@@ -42,7 +42,7 @@ BUGS = (
     ("sign of the gradient of lse", ROWS, "delta / sum - dlse", "delta / sum + dlse", GRADIENTS_DOUBLE),
     ("gradient of the scores without the row's sum", ROWS, "- rows[r].less - (M::step == 1 ? rows[r].rest : 0))",
      ")", GRADIENTS_DOUBLE),
-    ("one part of dK and dV left out", BACKWARD, "p < parts; p++", "p < parts - 1; p++",
+    ("one part of dK and dV left out", BACKWARD, "p < count; p++", "p < count - 1; p++",
      GRADIENTS_DOUBLE),
     ("dK and dV without the last queries of the window", BACKWARD, "key + strip_rows - 1 - offset + t.a.window);",
      "key - offset + t.a.window);", GRADIENTS_DOUBLE),

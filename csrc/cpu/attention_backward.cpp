@@ -199,12 +199,12 @@ template <class T>
 void run(const AttentionGradients& g, const GradientTask& task, char* scratch, char* sums) {
   using M = typename Task<T>::M;
   using Scalar = typename M::Scalar;
-  const Task<T> t(g, task.sequence, task.kv_head, scratch);
+  const Task<T> t(g, task, scratch);
   Scalar *dk = (Scalar*)sums, *dv = dk + t.sum_keys() * t.columns;
   __builtin_memset(sums, 0, 2 * t.sum_keys() * t.columns * sizeof(Scalar));
   pack_keys_of(t);
   const int64_t group = t.a.heads / t.a.kv_heads;
-  for (int64_t first = task.part * g.rows; first < t.s.queries; first += task.parts * g.rows) {
+  for (int64_t first = t.tiles.first; first < t.tiles.last; first += t.tiles.step) {
     Tile tile = {0, first, least(g.rows, t.s.queries - first), 0, 0};
     const int64_t from = most(first_visible(t.a, t.s, first) - t.start, 0);
     tile.base = least(round_down(from, panel_keys<M>), t.keys);
@@ -214,50 +214,77 @@ void run(const AttentionGradients& g, const GradientTask& task, char* scratch, c
   }
 }
 
-// One key's sums of `lanes` columns over all parts, or where the matrix unit multiplies one column's of `lanes` keys.
-template <class M>
-MK_INLINE typename M::Vec sum_of_parts(const char* sums, int64_t parts, int64_t sums_bytes, int64_t at) {
-  typename M::Vec v = {};
-  for (int64_t p = 0; p < parts; p++)
-    v += load_words<typename M::Vec>((const typename M::Scalar*)(sums + p * sums_bytes) + at);
-  return v;
-}
+// The sums of all parts.
+template <class T>
+struct Sums {
+  using M = typename Task<T>::M;
+  using Vec = typename M::Vec;
+  struct Part {
+    const typename M::Scalar* sums;
+    int64_t start, keys, row, second;
+  };
+  Part parts[most_parts];
+  int64_t count;
+
+  Sums(const AttentionGradients& g, GradientTask task, const char* sums, int64_t bytes) : count(task.parts) {
+    for (task.part = 0; task.part < count; task.part++) {
+      const Task<T> t(g, task, nullptr);
+      parts[task.part] = {(const typename M::Scalar*)(sums + task.part * bytes), t.start, t.keys,
+                          by_matrices<M> ? t.sum_keys() : t.columns, t.sum_keys() * t.columns};
+    }
+  }
+
+  // Of dk, or with `which` dv, one key's columns from d on, or where the matrix unit multiplies column d of the keys
+  // from `key` on: a vector, which a part has whole or not at all.
+  Vec sum(int which, int64_t key, int64_t d) const {
+    Vec v = {};
+    for (int64_t p = 0; p < count; p++) {
+      const Part& part = parts[p];
+      const int64_t at = key - part.start;
+      if (at < 0 || at >= part.keys) continue;
+      v += load_words<Vec>(part.sums + which * part.second + (by_matrices<M> ? d * part.row + at : at * part.row + d));
+    }
+    return v;
+  }
+};
 
 template <class T>
 void finish(const AttentionGradients& g, const GradientTask& task, char* sums, int64_t sums_bytes) {
   using M = typename Task<T>::M;
   using Scalar = typename M::Scalar;
   using Vec = typename M::Vec;
-  const Task<T> t(g, task.sequence, task.kv_head, nullptr);
-  const int64_t row = t.a.kv_heads * t.a.dim, second = t.sum_keys() * t.columns;
+  const Task<T> t(g, task, nullptr);
+  const int64_t row = t.a.kv_heads * t.a.dim;
   // The unit's q has the sign of the scale already.
   const Scalar scale = (Scalar)(by_matrices<M> ? scaling(t.a.scale).magnitude : t.a.scale);
   const auto write = [&](int which, int64_t key, int64_t d, Vec v) {
     T* out = (T*)(which ? t.d.dv : t.d.dk) + key * row + task.kv_head * t.a.dim;
     store_columns<M>(out, d, t.a.dim, which ? v : v * scale);
   };
-  const auto sum = [&](int64_t at) { return sum_of_parts<M>(sums, task.parts, sums_bytes, at); };
-  for (int64_t key = 0; key < t.start; key++)
-    for (int which = 0; which < 2; which++)
-      for (int64_t d = 0; d < t.a.dim; d += M::width) write(which, key, d, Vec{});
-  for (int64_t key = t.start; key < t.s.keys; key += by_matrices<M> ? M::width : 1)
+  const Sums<T> all(g, task, sums, sums_bytes);
+  for (int64_t key = 0; key < t.s.keys; key += by_matrices<M> ? M::width : 1)
     for (int which = 0; which < 2; which++)
       for (int64_t d = 0; d < t.a.dim; d += M::width) {
         if constexpr (by_matrices<M>) {
           Vec block[M::width];
-          for (int i = 0; i < M::width; i++) block[i] = sum(which * second + (d + i) * t.sum_keys() + key - t.start);
+          for (int i = 0; i < M::width; i++) block[i] = all.sum(which, key, d + i);
           transpose(block);
           for (int64_t i = 0; i < least(M::width, t.s.keys - key); i++) write(which, key + i, d, block[i]);
         } else {
-          write(which, key, d, sum(which * second + (key - t.start) * t.columns + d));
+          write(which, key, d, all.sum(which, key, d));
         }
       }
 }
 
 template <class T>
-AttentionBackwardKernels::Sizes sizes(const AttentionGradients& g, int64_t sequence) {
-  const Task<T> t(g, sequence, 0, nullptr);
-  return {t.bytes, round_up(2 * t.sum_keys() * t.columns * (int64_t)sizeof(typename Task<T>::Scalar), 64)};
+AttentionBackwardKernels::Sizes sizes(const AttentionGradients& g, int64_t sequence, int64_t parts) {
+  AttentionBackwardKernels::Sizes largest = {};
+  for (int64_t p = 0; p < parts; p++) {
+    const Task<T> t(g, {sequence, 0, p, parts}, nullptr);
+    largest.scratch_bytes = most(largest.scratch_bytes, t.bytes);
+    largest.sums_bytes = most(largest.sums_bytes, t.sums_bytes());
+  }
+  return largest;
 }
 
 }  // namespace

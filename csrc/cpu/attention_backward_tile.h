@@ -19,6 +19,7 @@ struct Task {
   const Attention& a;
   const AttentionSequence& s;
   const GradientSequence& d;
+  GradientTiles tiles;
   int64_t kv_head, words, row_words, columns, start, keys, span;
   Word *k_panels, *v_panels, *k_rows;  // K and V as columns of scores, K as rows
   Word *q, *dout;                      // [rows][row_words]
@@ -28,15 +29,17 @@ struct Task {
   Scalar *scores, *dp, *dq;            // [rows_of_strip][span], twice, and [rows_of_strip][columns]
   int64_t bytes;
 
-  // Keys count from `start`, a whole panel; a tile's from its own first panel on.
-  Task(const AttentionGradients& g, int64_t sequence, int64_t kv_head, char* scratch)
-      : g(g), a(g.a), s(a.sequences[sequence]), d(g.sequences[sequence]), kv_head(kv_head) {
+  // Keys count from `start`, a whole panel, and are those that the part's queries see; a tile's count from its own
+  // first panel on.
+  Task(const AttentionGradients& g, const GradientTask& task, char* scratch)
+      : g(g), a(g.a), s(a.sequences[task.sequence]), d(g.sequences[task.sequence]), kv_head(task.kv_head) {
     constexpr int64_t n = panel_keys<M>;
+    tiles = tiles_of(g, s.queries, task.part, task.parts);
     words = key_words<M>(a.dim);
     row_words = query_words<M>(a.dim);
     columns = value_columns<M>(a.dim);
-    start = round_down(first_visible(a, s, 0), n);
-    keys = round_up(s.keys - start, n);
+    start = round_down(first_visible(a, s, tiles.first), n);
+    keys = most(0, round_up(end_visible(a, s, tiles.last - 1) - start, n));
     span = least(keys, a.causal && a.window ? round_up(a.window + g.rows, n) + n : keys) + 2 * n;
     char* at = scratch;
     const auto take = [&at](auto*& to, int64_t count) {
@@ -61,6 +64,7 @@ struct Task {
 
   // Keys of the sums: [sum_keys()][columns], or [columns][sum_keys()] where the matrix unit multiplies.
   int64_t sum_keys() const { return keys + (by_matrices<M> ? lanes : strip_rows); }
+  int64_t sums_bytes() const { return round_up(2 * sum_keys() * columns * (int64_t)sizeof(Scalar), 64); }
 };
 
 // Queries [first, first + count) of a head, and their keys [base, end), which count from the task's start.

@@ -15,7 +15,7 @@ namespace {
 
 // Tasks that keep a machine busy, where a batch has too few KV heads: the shape alone decides, and with it the order of
 // the sums.
-constexpr int64_t enough_tasks = 8;
+constexpr int64_t enough_tasks = most_parts;
 // P and dS of a tile, in bytes, that the L2 cache mostly holds.
 constexpr int64_t tile_bytes = int64_t{3} << 19;
 
@@ -61,7 +61,7 @@ class Backward {
     const AttentionSequence& s = sequences_[index];
     if (!s.keys) return;
     const int64_t tiles = (s.queries + g_.rows - 1) / g_.rows, parts = std::clamp<int64_t>(tiles, 1, wanted);
-    const auto bytes = kernels_.sizes[dtype_](g_, index);
+    const auto bytes = kernels_.sizes[dtype_](g_, index, parts);
     for (int64_t kv_head = 0; kv_head < g_.a.kv_heads; kv_head++, joined_++)
       for (int64_t part = 0; part < parts; part++) tasks_.push_back({{index, kv_head, part, parts}, joined_, bytes});
     work_ += 5.0 * s.queries * s.keys * g_.a.dim * g_.a.heads;
