@@ -151,12 +151,13 @@ def cached(dtype, lengths, seen, slots, window, new, dim=64):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_threads_change_nothing(tier, dtype):
     q, k, v = qkv(217, 217, 6, 2, 64, dtype)
+    shorter = qkv(97, 130, 4, 2, 64, dtype, batch=2)  # two threads share what one packs for itself
     arguments = cached(dtype, [1, 40, 0, 3], [3000, 20, 5, 700], 2048, 2000, new=True)
     kept = {n: t.clone() for n, t in arguments.items() if isinstance(t, torch.Tensor)}
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append((*run(q, k, v, 64), mk.attention_cached(**arguments, impl="cpu")))
+        results.append((*run(q, k, v, 64), *run(*shorter), mk.attention_cached(**arguments, impl="cpu")))
     assert same(*results)
     assert all(torch.equal(arguments[n], t) for n, t in kept.items())
 

@@ -135,6 +135,13 @@ def test_few_heads_are_shared_out(tier):
     check([attention_case(1, 400, 400, 3, 1, 64, 100)], torch.float32)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("queries, keys", [(700, 700), (300, 600), (600, 300)])
+def test_parts_with_a_window(tier, dtype, queries, keys):
+    """Each part's sums are of the keys that its own queries see."""
+    check([attention_case(1, queries, keys, 2, 1, 40, 70)], dtype)
+
+
 def test_empty_and_unseen():
     for batch, queries, keys in ((0, 5, 5), (2, 0, 7), (2, 5, 0)):
         q, k = fill((batch, queries, 4, 16)).requires_grad_(), fill((batch, keys, 2, 16)).requires_grad_()

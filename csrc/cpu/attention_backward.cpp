@@ -234,17 +234,19 @@ struct Sums {
     }
   }
 
-  // Of dk, or with `which` dv, one key's columns from d on, or where the matrix unit multiplies column d of the keys
-  // from `key` on: a vector, which a part has whole or not at all.
-  Vec sum(int which, int64_t key, int64_t d) const {
-    Vec v = {};
+  // Of dk, or with `which` dv, one key's columns from d on, or where the matrix unit multiplies the columns d, d + 1,
+  // ... of the keys from `key` on: vectors that a part has whole or not at all.
+  template <int n>
+  void add_up(int which, int64_t key, int64_t d, Vec (&v)[n]) const {
+    for (int i = 0; i < n; i++) v[i] = Vec{};
     for (int64_t p = 0; p < count; p++) {
       const Part& part = parts[p];
-      const int64_t at = key - part.start;
+      const int64_t at = key - part.start, row = part.row;
       if (at < 0 || at >= part.keys) continue;
-      v += load_words<Vec>(part.sums + which * part.second + (by_matrices<M> ? d * part.row + at : at * part.row + d));
+      const typename M::Scalar* from = part.sums + which * part.second + (by_matrices<M> ? d * row + at : at * row + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; i++) v[i] += load_words<Vec>(from + i * row);
     }
-    return v;
   }
 };
 
@@ -265,14 +267,11 @@ void finish(const AttentionGradients& g, const GradientTask& task, char* sums, i
   for (int64_t key = 0; key < t.s.keys; key += by_matrices<M> ? M::width : 1)
     for (int which = 0; which < 2; which++)
       for (int64_t d = 0; d < t.a.dim; d += M::width) {
-        if constexpr (by_matrices<M>) {
-          Vec block[M::width];
-          for (int i = 0; i < M::width; i++) block[i] = all.sum(which, key, d + i);
-          transpose(block);
-          for (int64_t i = 0; i < least(M::width, t.s.keys - key); i++) write(which, key + i, d, block[i]);
-        } else {
-          write(which, key, d, all.sum(which, key, d));
-        }
+        Vec block[by_matrices<M> ? M::width : 1];
+        all.add_up(which, key, d, block);
+        if constexpr (by_matrices<M>) transpose(block);
+        for (int64_t i = 0; i < least(by_matrices<M> ? M::width : 1, t.s.keys - key); i++)
+          write(which, key + i, d, block[i]);
       }
 }
 

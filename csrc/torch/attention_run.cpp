@@ -95,6 +95,8 @@ class Run {
   void plan_packing() {
     tile_sizes_ = tiles_.sizes[dtype_](a_.dim, 1);
     const int64_t key_bytes = (tile_sizes_.key_panel_bytes + tile_sizes_.value_panel_bytes) / tile_sizes_.panel_keys;
+    const auto tiled = [this](const AttentionSequence& s) { return !decoded(s); };
+    own_panels_ = std::any_of(sequences_.begin(), sequences_.end(), tiled);
     for (const AttentionSequence& s : sequences_)
       own_panels_ &= decoded(s) || (s.keys * key_bytes <= own_bytes && s.queries * group_ >= own_rows * threads());
   }
@@ -195,7 +197,7 @@ class Run {
   int dtype_;
   double total_ = 0;
   TileSizes tile_sizes_;
-  bool own_panels_ = true;
+  bool own_panels_ = false;
   const uint64_t id_ = ++runs;
   std::vector<Work> work_;
   struct Panel {
