@@ -9,15 +9,17 @@ namespace {
 
 // Adds up blocks of four lanes until there are m vectors.
 template <int m, int n, class V>
-MK_INLINE void join_blocks(V (&t)[n], V (&out)[m]) {
+MK_INLINE void add_blocks(V (&t)[n], V (&out)[m]) {
   if constexpr (n == m) {
     for (int i = 0; i < m; i++) out[i] = t[i];
   } else {
     V u[n / 2];
 #pragma GCC unroll 2
     for (int i = 0; i < n / 2; i++)
-      u[i] = joined(t[2 * i], t[2 * i + 1], [](V& a, V& b, auto order) { take_turns(a, b, order); });
-    join_blocks<m>(u, out);
+      u[i] = joined(
+          t[2 * i], t[2 * i + 1], [](V& a, V& b, auto order) { take_turns(a, b, order); },
+          [](V a, V b) { return a + b; });
+    add_blocks<m>(u, out);
   }
 }
 
@@ -72,7 +74,7 @@ __attribute__((noinline)) void byte_dots(const QuantWeight& w, const DigitLayout
 #pragma GCC unroll 4
     for (int q = 0; q < 4; q++)
       four[q] = four_rows(codes.first + 4 * q * codes.row, codes.row, outputs * w.row, digits);
-    join_blocks<groups>(four, sums);
+    add_blocks<groups>(four, sums);
     const SumsOfX of_x(l, x);
 #pragma GCC unroll 4
     for (int u = 0; u < groups; u++) {
@@ -81,7 +83,7 @@ __attribute__((noinline)) void byte_dots(const QuantWeight& w, const DigitLayout
     }
   }
   vf all[1];
-  join_blocks<1>(acc, all);
+  add_blocks<1>(acc, all);
   store(out, all[0]);
 }
 
