@@ -8,7 +8,6 @@ inputs in turn. The GEMM rate is torch's matrix product of the row's dtype.
 import ctypes
 import functools
 import itertools
-import math
 import shutil
 import subprocess
 import tempfile
@@ -69,7 +68,7 @@ class Limits:
     def __init__(self, device: str, quick: bool = False):
         self.device, self.quick = device, quick
         self.bytes = (1 << 30 if device == "cuda" else 1 << 27) >> (1 if quick else 0)
-        self.parts = 1 if quick or device == "cuda" else math.ceil(2 * machine.last_cache_bytes() / self.bytes)
+        self.parts = 1 if quick or device == "cuda" else machine.cold_copies(self.bytes)
         self.size = 8192 if device == "cuda" else 1024 if quick else 2048
         self.source = {
             "read": "probe.c" if device == "cpu" and _probe() is not None else "torch.sum",

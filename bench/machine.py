@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import math
 import os
 import platform
 import re
@@ -59,6 +60,11 @@ def last_cache_bytes() -> int:
         if found := re.fullmatch(r"(\d+)([KM]?)", file.read_text().strip()):
             sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20}[found[2]])
     return max(sizes, default=32 << 20)
+
+
+def cold_copies(size: int) -> int:
+    """How many copies of so many bytes, taken in turn, are twice the last cache, so that each comes from memory."""
+    return math.ceil(2 * last_cache_bytes() / size)
 
 
 def set_allocator(name: str) -> None:

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +209,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     own = read_config(options.model).sliding_window
     text = torch.tensor(load_tokenizer(options.model).encode(long_text())[: WINDOWED[0]], device=options.device)
 
-    def row_of(family: str, length: int, window: int | None) -> Row:
+    @cache
+    def model_of(window: int | None) -> Transformer:
         model = load_model(options.model, ops=mistral_kernels.reference, dtype=getattr(torch, DTYPE), window=window)
+        return model.to(options.device)
+
+    def row_of(family: str, length: int, window: int | None) -> Row:
         make = prefill_row if family == "prefill" else decode_row
-        return make(options, model.to(options.device), text[:length])
+        return make(options, model_of(window), text[:length])
 
     with tempfile.TemporaryDirectory() as folder:
         files, options.no_llama = files_by_llama_cpp(options.model, Path(folder), ("BF16",))

@@ -1,7 +1,6 @@
 """How fast quantised layers and models are: against the bytes that memory can deliver, torch, and llama.cpp."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ N, K, MANY = 14336, 4096, 512
 
 
 def _cold(weight: mk.QuantizedWeight, quick: bool) -> list[mk.QuantizedWeight]:
-    """The weight and copies of it, to be taken in turn: together they are twice the last cache."""
-    count = 2 if quick else math.ceil(2 * machine.last_cache_bytes() / weight.nbytes)
+    """The weight and copies of it, to be taken in turn, so that each comes from memory."""
+    count = 2 if quick else machine.cold_copies(weight.nbytes)
 
     def copy() -> mk.QuantizedWeight:
         return dataclasses.replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())

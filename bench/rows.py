@@ -3,7 +3,8 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from . import baselines, families, overhead, report, timing
@@ -54,9 +55,22 @@ def command_of(options: argparse.Namespace, bench: Bench) -> str:
     return f"python -m bench {options.command} --only {shlex.quote(bench.key)}{device}{allocator}"
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def printed(command: str, makers: Sequence[tuple[str, Callable[[], Row]]]) -> list[Row]:
+    """The rows that go with these keys, each printed as soon as it is there."""
     from tqdm import tqdm
 
+    found = []
+    bar = tqdm(makers, desc=command, leave=False, disable=None)
+    for key, make in bar:
+        bar.set_postfix_str(key[:60])
+        row = make()
+        bar.clear()
+        report.print_row(row)
+        found.append(row)
+    return found
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     settings = settings_of(options)
     if options.quick and settings.peers is None:
         settings = Settings(**{**vars(settings), "peers": QUICK_PEERS})
@@ -64,14 +78,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if not benches:
         sys.exit(f"bench: no row of {options.command!r} has {options.only!r} in its key")
     limits = Limits(options.device, options.quick)
-    rows: list[Row] = []
-    bar = tqdm(benches, desc=options.command, leave=False, disable=None)
-    for bench in bar:
-        bar.set_postfix_str(bench.key[:60])
-        row = run_row(bench, settings, limits, command_of(options, bench))
-        bar.clear()
-        report.print_row(row)
-        rows.append(row)
+    makers = ((b.key, partial(run_row, b, settings, limits, command_of(options, b))) for b in benches)
+    rows = printed(options.command, list(makers))
     for name, reason in baselines.MISSING.items():
         print(f"without {name}: {reason}")
     return dict(rows=rows, limits=limits.source, missing=dict(baselines.MISSING))

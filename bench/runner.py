@@ -105,7 +105,7 @@ def input_sets(bench: Bench, arguments: dict[str, Any], device: str) -> list[dic
         return [arguments]
     tensors = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
     size = max(1, sum(t.numel() * t.element_size() for t in tensors))
-    count = min(COLD_SETS, math.ceil(2 * machine.last_cache_bytes() / size))
+    count = min(COLD_SETS, machine.cold_copies(size))
     return [arguments, *(another(arguments, n) for n in range(1, count))]
 
 

@@ -14,26 +14,16 @@ import torch
 
 from mistral_kernels import testing
 
-from . import report, rows
+from . import rows
 from .runner import Row
 
 
 def run_rows(options: argparse.Namespace, makers: Mapping[str, Callable[[], Row]]) -> list[Row]:
-    """The rows with `--only` in their keys, each printed as soon as it is there."""
-    from tqdm import tqdm
-
-    chosen = {key: make for key, make in makers.items() if options.only in key}
+    """The rows with `--only` in their keys."""
+    chosen = [(key, make) for key, make in makers.items() if options.only in key]
     if not chosen:
         sys.exit(f"bench: no row of {options.command!r} has {options.only!r} in its key: {', '.join(makers)}")
-    found = []
-    bar = tqdm(chosen.items(), desc=options.command, leave=False, disable=None)
-    for key, make in bar:
-        bar.set_postfix_str(key)
-        row = make()
-        bar.clear()
-        report.print_row(row)
-        found.append(row)
-    return found
+    return rows.printed(options.command, chosen)
 
 
 def wanted(options: argparse.Namespace, calls: dict[str, Any]) -> dict[str, Any]:

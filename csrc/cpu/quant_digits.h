@@ -50,15 +50,8 @@ struct DigitLayout {
 // The digits of one piece of a row. False where int16 cannot hold it.
 template <bool half_bytes>
 bool digits_of(const float* x, const DigitLayout& l, int64_t row, char* to) {
-  vf largest = {}, nothing = {};
-  for (int i = 0; i < byte_piece; i += lanes) {
-    const vf v = load(x + i);
-    largest = max(magnitude(v), largest);
-    nothing += v * 0.f;  // nan, where v is not finite
-  }
-  const float most = fold<lanes / 2>(largest, [](vf a, vf b) { return max(a, b); });
-  const float zero = fold<lanes / 2>(nothing, [](vf a, vf b) { return a + b; });
-  if (!(most + zero <= 1e30f) || (most > 0 && most < 1e-30f)) return false;
+  const float most = largest_for_int16<byte_piece>(x);
+  if (most < 0) return false;
   const float per_unit = most > 0 ? byte_units / most : 0.f, unit = most / byte_units;
   typedef int8_t bytes __attribute__((vector_size(MK_LANES)));
   int32_t digits[2][byte_piece / 4];
@@ -100,11 +93,7 @@ bool prepare_digits(const QuantWeight& w, const QuantRows& rows, const DigitLayo
     const T* const x = (const T*)rows.x + i * rows.x_row;
     for (int64_t c = 0; c < l.pieces; c++) {
       float values[byte_piece];
-      const int64_t count = least(byte_piece, w.k - c * byte_piece);
-      for (int64_t j = 0; j < byte_piece; j += lanes) {
-        const T* const at = x + c * byte_piece + j;
-        store(values + j, j + lanes <= count ? load(at) : j < count ? load_n(at, count - j) : vf{});
-      }
+      load_piece<byte_piece>(x, c * byte_piece, w.k, values);
       char* const to = rows.memory + i / l.rows * l.block + c * l.piece;
       if (!(w.kind == Codes::int8 ? digits_of<false>(values, l, i % l.rows, to)
                                   : digits_of<true>(values, l, i % l.rows, to)))
@@ -130,7 +119,7 @@ __attribute__((noinline)) void copy_codes(const uint8_t* from, int64_t row, int6
 
 template <int64_t bytes>
 MK_INLINE CodeRows code_rows(const QuantWeight& w, int64_t n, int64_t count, int64_t c, uint8_t* copy) {
-  const int64_t row_bytes = w.kind == Codes::int8 ? w.k : (w.k + 31) / 32 * 16, left = row_bytes - c * bytes;
+  const int64_t left = code_bytes(w.kind, w.k) - c * bytes;
   const uint8_t* const at = w.codes + n * w.row + c * bytes;
   // What follows a row's end in memory is multiplied by zeros.
   if (count == outputs && (left >= bytes || (w.n - n - outputs) * w.row + left >= bytes)) return {at, w.row};

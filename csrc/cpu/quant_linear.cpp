@@ -99,15 +99,8 @@ MK_INLINE void sum_lanes(const int16_t* from, int32_t* start, float* sums, float
 
 template <bool half_bytes>
 MK_INLINE bool prepare_halves(const float* x, int16_t* to, int32_t* start, float* sums, float* scale) {
-  vf largest = {}, nothing = {};
-  for (int i = 0; i < piece; i += lanes) {
-    const vf v = load(x + i);
-    largest = max(magnitude(v), largest);
-    nothing += v * 0.f;  // nan, where v is not finite
-  }
-  const float most = fold<lanes / 2>(largest, [](vf a, vf b) { return max(a, b); });
-  const float zero = fold<lanes / 2>(nothing, [](vf a, vf b) { return a + b; });
-  if (!(most + zero <= 1e30f) || (most > 0 && most < 1e-30f)) return false;
+  const float most = largest_for_int16<piece>(x);
+  if (most < 0) return false;
   const float per_unit = most > 0 ? 32767.f / most : 0.f;
   int16_t rounded[piece];
   for (int i = 0; i < piece; i += lanes) store_words(rounded + i, narrow((vu)to_int(load(x + i) * per_unit)));
@@ -129,11 +122,7 @@ template <class T, bool half_bytes>
 bool prepare_row(const T* x, int64_t k, bool fixed, const Prepared& p) {
   for (int64_t c = 0; c * piece < k; c++) {
     float values[piece];
-    const int64_t count = least(piece, k - c * piece);
-    for (int64_t i = 0; i < piece; i += lanes) {
-      const T* const at = x + c * piece + i;
-      store(values + i, i + lanes <= count ? load(at) : i < count ? load_n(at, count - i) : vf{});
-    }
+    load_piece<piece>(x, c * piece, k, values);
     if (!fixed)
       prepare_floats<half_bytes>(values, (float*)p.floats + c * piece, (float*)p.sums + c * lanes);
     else if (!prepare_halves<half_bytes>(values, (int16_t*)p.halves + c * piece, (int32_t*)p.start + c * lanes,
@@ -242,7 +231,7 @@ MK_INLINE void add_rest(const QuantWeight& w, const Prepared& p, int64_t c, cons
   float scales[2][together][4];
   const uint8_t* from[together];
   const float *by[together], *more[together];
-  const int64_t row_bytes = kind == Codes::int8 ? w.k : (w.k + 31) / 32 * 16;
+  const int64_t row_bytes = code_bytes(kind, w.k);
   const uint8_t* const end = w.codes + (w.n - 1) * w.row + row_bytes;
   const int64_t at = w.group >= piece ? c * piece / w.group : c * per_piece, have = least(per_piece, w.groups - at);
   for (int r = 0; r < together; r++) {

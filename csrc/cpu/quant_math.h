@@ -121,6 +121,34 @@ MK_INLINE vf spread(const float* p) {
   }
 }
 
+// Elements [first, first + piece) of a row of k, those past its end as zeros.
+template <int piece, class T>
+MK_INLINE void load_piece(const T* x, int64_t first, int64_t k, float* values) {
+  const int64_t count = least(piece, k - first);
+  for (int64_t i = 0; i < piece; i += lanes) {
+    const T* const at = x + first + i;
+    store(values + i, i + lanes <= count ? load(at) : i < count ? load_n(at, count - i) : vf{});
+  }
+}
+
+// The largest magnitude in a piece, or -1 where int16 with a scale holds none of it: infinities, nan, or nothing but
+// the tiniest numbers.
+template <int piece>
+MK_INLINE float largest_for_int16(const float* x) {
+  vf largest = {}, nothing = {};
+  for (int i = 0; i < piece; i += lanes) {
+    const vf v = load(x + i);
+    largest = max(magnitude(v), largest);
+    nothing += v * 0.f;  // nan, where v is not finite
+  }
+  const float most = fold<lanes / 2>(largest, [](vf a, vf b) { return max(a, b); });
+  const float zero = fold<lanes / 2>(nothing, [](vf a, vf b) { return a + b; });
+  return !(most + zero <= 1e30f) || (most > 0 && most < 1e-30f) ? -1.f : most;
+}
+
+// Bytes of the codes of a row of k elements.
+MK_INLINE int64_t code_bytes(Codes kind, int64_t k) { return kind == Codes::int8 ? k : (k + 31) / 32 * 16; }
+
 // Up to one vector of results; called with a constant, so that no length is looked at for a whole one.
 template <class T>
 MK_INLINE void finish_some(const QuantShare& s, int64_t i, int64_t n, int64_t count, const float* sums) {
