@@ -77,7 +77,7 @@ quant-study: build $(STAMPS)/sample ## quantised weights: accuracy, bytes, token
 	$(BIN)/python -m bench.quant_study --out docs/quantization --page docs/quantization.md
 
 fuzz: build ## random shapes, strides, windows and lengths of every op, a thousand of each
-	TRITON_INTERPRET=1 MISTRAL_KERNELS_FUZZ=1000 $(BIN)/python -m pytest -q tests/test_fuzz.py tests/test_quant_fuzz.py
+	TRITON_INTERPRET=1 MISTRAL_KERNELS_FUZZ=1000 $(BIN)/python -m pytest -q tests/test_fuzz.py tests/test_quant_fuzz.py tests/test_cpu_fuzz.py
 
 mutants: build ## plant bugs into copies of the kernels; every one must fail a test (docs/mutants.md)
 	$(BIN)/python scripts/mutants.py --json docs/mutants.json --markdown docs/mutants.md
