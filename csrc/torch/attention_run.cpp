@@ -26,8 +26,8 @@ void keep_spare(std::unique_ptr<Memory> memory) {
 constexpr double packing_work = 8;
 // Panels of a KV head that a thread's L2 cache holds beside a tile.
 constexpr int64_t own_bytes = int64_t{1} << 19;
-// Rows that share a KV head, for each thread, in whose products packing the keys once a thread is lost.
-constexpr int64_t own_rows = 160;
+// Rows of a KV head for each thread that works on it, in whose products packing its keys once a thread is lost.
+constexpr int64_t own_rows = 32;
 
 std::atomic<uint64_t> runs{0};
 
@@ -56,7 +56,11 @@ class Run {
     pack();
     scratch_bytes_ = std::max(tile_sizes_.scratch_bytes, decode.scratch_bytes);
     const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[joins_]());
-    share_out(work_.size(), total_, [&](int64_t i) { run(work_[i], done.get()); });
+    const auto one = [&](int64_t i) { run(work_[i], done.get()); };
+    if (own_panels_)
+      share_out_parts(parts(), total_, one);
+    else
+      share_out(work_.size(), total_, one);
     keep_spare(std::move(memory_));
   }
 
@@ -96,9 +100,23 @@ class Run {
     tile_sizes_ = tiles_.sizes[dtype_](a_.dim, 1);
     const int64_t key_bytes = (tile_sizes_.key_panel_bytes + tile_sizes_.value_panel_bytes) / tile_sizes_.panel_keys;
     const auto tiled = [this](const AttentionSequence& s) { return !decoded(s); };
-    own_panels_ = std::any_of(sequences_.begin(), sequences_.end(), tiled);
+    const int64_t heads = std::count_if(sequences_.begin(), sequences_.end(), tiled) * a_.kv_heads;
+    own_panels_ = heads > 0;
     for (const AttentionSequence& s : sequences_)
-      own_panels_ &= decoded(s) || (s.keys * key_bytes <= own_bytes && s.queries * group_ >= own_rows * threads());
+      own_panels_ &=
+          decoded(s) || (s.keys * key_bytes <= own_bytes && s.queries * group_ * heads >= own_rows * threads());
+  }
+
+  // Where each thread's part of the work starts, and where the last ends: parts of equal cost.
+  std::vector<int64_t> parts() const {
+    const int64_t count = work_.size(), wanted = std::min(count, threads());
+    double all = 0, before = 0;
+    for (const Work& w : work_) all += w.cost;
+    std::vector<int64_t> starts{0};
+    for (int64_t i = 0; i < count && static_cast<int64_t>(starts.size()) < wanted; before += work_[i++].cost)
+      if (before * wanted >= all * starts.size()) starts.push_back(i);
+    starts.push_back(count);
+    return starts;
   }
 
   // A number for each KV head of each sequence.

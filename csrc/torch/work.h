@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <vector>
 
 #include "torch/binding.h"
 #if defined(__linux__)
@@ -54,6 +56,30 @@ void share_out(int64_t count, double work, const F& f) {
     take(0, 1);
   else
     fork_join(tasks, 1, take);
+}
+
+// The same for f(i) in parts, [starts[p], starts[p + 1]) each, of which there are as many as threads at most: in a part
+// neighbours share what a thread keeps. A thread that is done with its own part goes on with those of the others.
+template <class F>
+void share_out_parts(const std::vector<int64_t>& starts, double work, const F& f) {
+  const int64_t parts = static_cast<int64_t>(starts.size()) - 1;
+  struct alignas(64) Next {
+    std::atomic<int64_t> at;
+  };
+  const std::unique_ptr<Next[]> next(new Next[parts]);
+  for (int64_t p = 0; p < parts; p++) next[p].at = starts[p];
+  std::atomic<int64_t> arrived{0};
+  const auto take = [&](int64_t, int64_t) {
+    const int64_t own = arrived.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t n = 0; n < parts; n++) {
+      const int64_t p = (own + n) % parts;
+      for (int64_t i; (i = next[p].at.fetch_add(1, std::memory_order_relaxed)) < starts[p + 1];) f(i);
+    }
+  };
+  if (parts <= 1 || stays(work < serial_work))
+    take(0, 1);
+  else
+    fork_join(parts, 1, take);
 }
 
 }  // namespace mk
