@@ -121,12 +121,6 @@ void strip(const Tile<M>& t, int64_t row, int64_t query, int64_t first, int64_t 
 
 template <class M>
 void any_strip(const Tile<M>& t, int64_t rows, int64_t row, int64_t query, int64_t first, int64_t last) {
-#if MK_AMX
-  if constexpr (by_matrices<M>) {
-    if (rows > matrix_rows) return matrix_strip<2>(t, rows, row, query, first, last);
-    return matrix_strip<1>(t, rows, row, query, first, last);
-  }
-#endif
   switch (rows) {
     case 1:
       return strip<M, 1>(t, row, query, first, last);
@@ -149,8 +143,8 @@ void start_tile(Tile<M>& t, const AttentionItem& item, int64_t rows) {
     t.tops[row] = -INFINITY;
     t.sums[row] = 0;
   }
-  for (int64_t head = 0; head < item.heads; head++)
-    for (int64_t i = 0; i < rows; i++) {
+  for (int64_t i = 0; i < rows; i++)  // the heads of a query lie side by side
+    for (int64_t head = 0; head < item.heads; head++) {
       const int64_t row = head * t.head_rows + i;
       const T* q = (const T*)t.s.q + (item.first + i) * t.a.q_row + (item.head + head) * t.a.q_head;
       pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + row * t.q_row);
@@ -165,12 +159,6 @@ void finish_tile(const Tile<M>& t, const AttentionItem& item, int64_t rows) {
       const int64_t row = head * t.head_rows + i, query = item.first + i;
       T* out = (T*)t.s.out + query * t.a.out_row + (item.head + head) * t.a.out_head;
       Scalar* lse = t.s.lse ? (Scalar*)t.s.lse + (item.head + head) * t.a.lse_head + query : nullptr;
-#if MK_AMX
-      if constexpr (by_matrices<M>) {
-        if (i % matrix_rows == 0) finish_rows(t, row, least(matrix_rows, rows - i), out, lse);
-        continue;
-      }
-#endif
       finish_row<M>(t.a, t.acc + row * t.columns, {t.tops[row], t.sums[row]}, out, lse);
     }
 }
@@ -186,6 +174,9 @@ void tile(const Attention& a, const AttentionItem& item, char* scratch) {
   start_tile<M, T>(t, item, rows);
   const int64_t first = round_down(most(first_visible(a, t.s, item.first) - t.s.first_key, 0), panel_keys<M>);
   const int64_t last = end_visible(a, t.s, item.last - 1) - t.s.first_key;
+#if MK_AMX
+  if constexpr (by_matrices<M>) return matrix_tile(t, item, first, last);
+#endif
   for (int64_t key = first; key < last; key += block_keys<M>)
     for (int64_t head = 0; head < item.heads; head++)
       for (int64_t i = 0; i < rows; i += rows_of_strip<M>)

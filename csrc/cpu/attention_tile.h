@@ -8,6 +8,11 @@ namespace {
 template <class M>
 constexpr int64_t block_keys = by_matrices<M> ? 256 : 512 / (sizeof(typename M::Word) / M::step / 2);
 
+// Words from a row of scores to the next. The matrix unit stores sixteen rows one after the other: a line more than a
+// power of two, so that these are not all in a few sets of the cache.
+template <class M>
+constexpr int64_t score_row = block_keys<M> + (by_matrices<M> ? M::width : 0);
+
 template <class M>
 MK_INLINE int64_t key_panel_words(int64_t dim) {
   return key_words<M>(dim) * panel_keys<M>;
@@ -26,23 +31,25 @@ struct Tile {
   const Attention& a;
   const AttentionSequence& s;
   const Word *k, *v;                // the panels of this sequence and KV head
-  Scalar *scores, *acc;             // [rows_of_strip][block_keys], [rows][value columns]
+  Scalar *scores, *acc;             // [rows_of_strip][score_row], [rows][value columns]
   Scalar *tops, *sums;              // [rows], RowState's
   Word *probabilities, *q;          // [rows_of_strip][block_keys / step], [rows][key words]
+  int64_t head;                     // the first one
   int64_t head_rows;                // of each head, those past the queries without meaning
   int64_t q_words, q_row, columns;  // q_row: q_words to the next whole vector
   Scalar scale;
 
   static int64_t bytes(int64_t dim, int64_t rows) {
-    const int64_t strip = rows_of_strip<M> * block_keys<M>;
+    const int64_t strip = rows_of_strip<M> * score_row<M>;
     rows += tile_heads * (rows_unit<M> - 1);
     return (strip + rows * (value_columns<M>(dim) + 2)) * sizeof(Scalar) +
            (strip + rows * query_words<M>(dim)) * sizeof(Word);
   }
 
   Tile(const Attention& a, const AttentionItem& item, char* scratch) : a(a), s(a.sequences[item.sequence]) {
+    head = item.head;
     head_rows = round_up(item.last - item.first, rows_unit<M>);
-    const int64_t rows = item.heads * head_rows, strip = rows_of_strip<M> * block_keys<M>;
+    const int64_t rows = item.heads * head_rows, strip = rows_of_strip<M> * score_row<M>;
     q_words = key_words<M>(a.dim);
     q_row = query_words<M>(a.dim);
     columns = value_columns<M>(a.dim);

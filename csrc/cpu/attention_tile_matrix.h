@@ -9,17 +9,30 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t score_row = block_keys<PairsBf16>;
+constexpr int64_t score_stride = score_row<PairsBf16>;
 
 // Probabilities are relative to the largest score so far, or to one that is at most 2^8 times less: bf16 and float32
 // hold both equally well, and most blocks leave what was summed before as it is.
 constexpr float slack = 8;
 
+// Scores whose exponentials take so long that the unit would fall asleep soon.
+constexpr int64_t wakeful_scores = 1536;
+
 // The largest score of each of sixteen rows.
 MK_INLINE vf largest_of_rows(const float* scores, int64_t keys) {
   vf top[matrix_rows];
-  for (int r = 0; r < matrix_rows; r++) top[r] = top_of_row<PairsBf16>(scores + r * score_row, keys);
+  for (int r = 0; r < matrix_rows; r++) top[r] = top_of_row<PairsBf16>(scores + r * score_stride, keys);
   return join_each(top, [](vf a, vf b) { return max(a, b); });
+}
+
+// Where a row of the output goes.
+MK_INLINE bf16* output_row(const Tile<PairsBf16>& t, int64_t row, int64_t query) {
+  return (bf16*)t.s.out + query * t.a.out_row + (t.head + row / t.head_rows) * t.a.out_head;
+}
+
+// Asks for a row of the output, which is far from the one before, long enough ahead.
+MK_INLINE void fetch_to_write(const bf16* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 32) asm volatile("prefetchw %0" ::"m"(row[d]));
 }
 
 // Turns a row's scores into exp2(score * scale - base), bf16 in their place, and returns their sums lane by lane.
@@ -43,9 +56,10 @@ struct Before {
   bool nothing, scaled;
 };
 
-// The same as strip_softmax() for sixteen rows, `scores` being theirs. The base is rounded the same way wherever it
-// occurs, so that it cancels out.
-MK_INLINE Before matrix_softmax(const Tile<PairsBf16>& t, float* scores, int64_t row, int64_t keys, float* factors) {
+// The same as strip_softmax() for sixteen rows, `scores` being theirs and `out`, if not null, where their output goes
+// soon. The base is rounded the same way wherever it occurs, so that it cancels out.
+MK_INLINE Before matrix_softmax(const Tile<PairsBf16>& t, float* scores, int64_t row, int64_t keys, float* factors,
+                                const bf16* out) {
   const vf before = load_words<vf>(t.tops + row), scale = set1(t.scale);
   const vf found = max(largest_of_rows(scores, keys), before);
   const vf top = (found - before) * scale <= slack ? before : found;  // not where both are -inf
@@ -56,10 +70,35 @@ MK_INLINE Before matrix_softmax(const Tile<PairsBf16>& t, float* scores, int64_t
   float bases[matrix_rows];
   store_words(bases, base);
   vf sums[matrix_rows];
-  for (int r = 0; r < matrix_rows; r++)
-    sums[r] = exponentials_in_place(scores + r * score_row, keys, bases[r], t.scale);
+  for (int r = 0; r < matrix_rows; r++) {
+    if (r * keys % wakeful_scores < keys) keep_awake();
+    if (out) fetch_to_write(out + r * t.a.out_row, t.a.dim);
+    sums[r] = exponentials_in_place(scores + r * score_stride, keys, bases[r], t.scale);
+  }
   store_words(t.sums + row, load_words<vf>(t.sums + row) * factor + sum_each(sums));
   return {all(before == none), !all(factor == set1(1.f))};
+}
+
+// Scores of the keys that a row does not see become -inf: only a few strips have any. `base` is the key of their first
+// score. What the last row sees is not cut off at the first key, and the rows before see one key less each.
+MK_INLINE void mask_strip(const Tile<PairsBf16>& t, int64_t count, int64_t query, int64_t base, int64_t keys) {
+  const int64_t step = t.a.causal, back = (count - 1) * step, last = query + count - 1;
+  const int64_t begin = first_visible(t.a, t.s, last) - base - back, end = end_visible(t.a, t.s, last) - base - back;
+  const vf none = set1(-INFINITY);
+  vf lane;
+  for (int i = 0; i < lanes; i++) lane[i] = i;
+  for (int64_t r = 0; r < count && end + r * step < keys; r++) {
+    float* s = t.scores + r * score_stride;
+    int64_t j = round_down(most(end + r * step, 0), lanes);
+    store_words(s + j, lane + (float)j < (float)(end + r * step) ? load_words<vf>(s + j) : none);
+    for (j += lanes; j < keys; j += lanes) store_words(s + j, none);
+  }
+  for (int64_t r = most(1 - begin, 0); r < count * step; r++) {
+    float* s = t.scores + r * score_stride;
+    int64_t j = 0;
+    for (; j + lanes <= least(begin + r, keys); j += lanes) store_words(s + j, none);
+    if (j < keys) store_words(s + j, lane + (float)j < (float)(begin + r) ? none : load_words<vf>(s + j));
+  }
 }
 
 // acc *= factor for sixteen rows.
@@ -68,35 +107,6 @@ MK_INLINE void scale_rows(float* acc, int64_t columns, const float* factors) {
     if (factors[r] == 1) continue;
     for (int64_t d = 0; d < columns; d += lanes) store_words(acc + d, load_words<vf>(acc + d) * factors[r]);
   }
-}
-
-// The same as strip() for `count` of 16 MT rows; those past `count` hold anything, and nobody reads them.
-template <int MT>
-void matrix_strip(const Tile<PairsBf16>& t, int64_t count, int64_t row, int64_t query, int64_t first, int64_t last) {
-  narrow_keys(t, count, query, first, last);
-  if (first >= last) return;
-  const int64_t keys = last - first, base = t.s.first_key + first;
-  for (int64_t key = first; key < last; key += 2 * lanes)
-    multiply_matrices<false, MT, 2>(t.q + row * t.q_row, t.q_row * 4, key_columns(t.k, t.q_words, key),
-                                    t.q_words / matrix_words, t.scores + key - first, score_row * 4, true);
-  for (int64_t r = 0; r < count; r++)
-    mask_vectors<PairsBf16>(t.scores + r * score_row, keys, first_visible(t.a, t.s, query + r) - base,
-                            end_visible(t.a, t.s, query + r) - base);
-  float factors[MT][matrix_rows];
-  Before before[MT];
-  bool fresh = true;
-  for (int i = 0; i < MT; i++) {
-    before[i] = matrix_softmax(t, t.scores + i * matrix_rows * score_row, row + i * matrix_rows, keys, factors[i]);
-    fresh &= before[i].nothing;
-  }
-  float* acc = t.acc + row * t.columns;
-  if (!fresh)
-    for (int i = 0; i < MT; i++)
-      if (before[i].scaled) scale_rows(acc + i * matrix_rows * t.columns, t.columns, factors[i]);
-  each_registers(t.columns, [&]<int NT>(int64_t d, Registers<NT>) {
-    multiply_matrices<false, MT, NT>(t.scores, score_row * 4, value_rows(t.v, t.columns, first, d), keys / 32, acc + d,
-                                     t.columns * 4, fresh);
-  });
 }
 
 // Natural logarithms: an exponent, and a polynomial of cephes' logf for the rest, in [sqrt(1/2), sqrt(2)), that errs by
@@ -118,8 +128,9 @@ MK_INLINE Logarithms logarithms(vf x) {
   return {__builtin_convertvector(exponent, vf), x == x ? rest : x};
 }
 
-// The same as finish_row() for up to sixteen rows from `row` on.
-MK_INLINE void finish_rows(const Tile<PairsBf16>& t, int64_t row, int64_t count, bf16* out, float* lse) {
+// The same as finish_row() for up to sixteen rows from `row` on, which are the queries from `query` on.
+MK_INLINE void finish_rows(const Tile<PairsBf16>& t, int64_t row, int64_t count, int64_t query) {
+  bf16* out = output_row(t, row, query);
   const vf sums = load_words<vf>(t.sums + row);
   float inverse[matrix_rows], exponents[matrix_rows], rests[matrix_rows];
   store_words(inverse, 1.f / sums);
@@ -129,13 +140,72 @@ MK_INLINE void finish_rows(const Tile<PairsBf16>& t, int64_t row, int64_t count,
     for (int64_t d = 0; d < t.a.dim; d += lanes)
       store_columns<PairsBf16>(out, d, t.a.dim, seen ? load_words<vf>(acc + d) * inverse[r] : vf{});
   }
-  if (!lse) return;
+  if (!t.s.lse) return;
+  float* lse = (float*)t.s.lse + (t.head + row / t.head_rows) * t.a.lse_head + query;
   const Logarithms logs = logarithms(sums);
   store_words(exponents, logs.exponent);
   store_words(rests, logs.rest);
   const double magnitude = scaling(t.a.scale).magnitude;
   for (int64_t r = 0; r < count; r++)
     lse[r] = t.sums[row + r] == 0 ? -INFINITY : t.tops[row + r] * magnitude + (exponents[r] * ln_2 + rests[r]);
+}
+
+// The same as strip() for `count` of 16 MT rows; those past `count` hold anything, and nobody reads them.
+template <int MT>
+void strip_of(const Tile<PairsBf16>& t, int64_t count, int64_t row, int64_t query, int64_t first, int64_t last,
+              bool ends) {
+  const int64_t keys = last - first, base = t.s.first_key + first;
+  for (int64_t key = first; key < last; key += 2 * lanes)
+    multiply_matrices<false, MT, 2>(t.q + row * t.q_row, t.q_row * 4, key_columns(t.k, t.q_words, key),
+                                    t.q_words / matrix_words, t.scores + key - first, score_stride * 4, true);
+  mask_strip(t, count, query, base, keys);
+  float factors[MT][matrix_rows];
+  Before before[MT];
+  bool fresh = true;
+  for (int i = 0; i < MT; i++) {
+    const bf16* out = ends ? output_row(t, row, query + i * matrix_rows) : nullptr;
+    before[i] =
+        matrix_softmax(t, t.scores + i * matrix_rows * score_stride, row + i * matrix_rows, keys, factors[i], out);
+    fresh &= before[i].nothing;
+  }
+  float* acc = t.acc + row * t.columns;
+  if (!fresh)
+    for (int i = 0; i < MT; i++)
+      if (before[i].scaled) scale_rows(acc + i * matrix_rows * t.columns, t.columns, factors[i]);
+  each_registers(t.columns, [&]<int NT>(int64_t d, Registers<NT>) {
+    multiply_matrices<false, MT, NT>(t.scores, score_stride * 4, value_rows(t.v, t.columns, first, d), keys / 32,
+                                     acc + d, t.columns * 4, fresh);
+  });
+}
+
+// Up to 32 rows over a block of keys. With the last block, which `ends` them, their outputs are written while they are
+// in the cache.
+MK_INLINE void matrix_strip(const Tile<PairsBf16>& t, int64_t count, int64_t row, int64_t query, int64_t first,
+                            int64_t last, bool ends) {
+  narrow_keys(t, count, query, first, last);
+  if (first < last) {
+    if (count > matrix_rows)
+      strip_of<2>(t, count, row, query, first, last, ends);
+    else
+      strip_of<1>(t, count, row, query, first, last, ends);
+  }
+  if (!ends) return;
+  for (int64_t i = 0; i < count; i += matrix_rows) finish_rows(t, row + i, least(matrix_rows, count - i), query + i);
+}
+
+// All strips of a tile over the keys [first, last).
+MK_INLINE void matrix_tile(const Tile<PairsBf16>& t, const AttentionItem& item, int64_t first, int64_t last) {
+  constexpr int64_t unit = rows_of_strip<PairsBf16>;
+  const int64_t rows = item.last - item.first;
+  bool ends;
+  do {
+    const int64_t end = first + block_keys<PairsBf16>;
+    ends = end >= last;
+    for (int64_t head = 0; head < item.heads; head++)
+      for (int64_t i = 0; i < rows; i += unit)
+        matrix_strip(t, least(unit, rows - i), head * t.head_rows + i, item.first + i, first, end, ends);
+    first = end;
+  } while (!ends);
 }
 
 }  // namespace
