@@ -9,6 +9,19 @@
 namespace mk::MK_ISA {
 namespace {
 
+template <class T>
+struct TaskFor {
+  using type = Task<T>;
+};
+#if MK_AMX
+template <>
+struct TaskFor<bf16> {
+  using type = MatrixTask;
+};
+#endif
+template <class T>
+using TaskOf = typename TaskFor<T>::type;
+
 // Rows as words one by one, with the sign, and as pairs of rows.
 template <class T>
 void pack_rows_of(const Task<T>& t, const T* from, int64_t stride, int64_t count, double sign,
@@ -180,9 +193,6 @@ void add_key_gradients(const Task<T>& t, const Tile& tile, typename Task<T>::Sca
 template <class T>
 void run_tile(const Task<T>& t, const Tile& tile, typename Task<T>::Scalar* dk, typename Task<T>::Scalar* dv) {
   using M = typename Task<T>::M;
-#if MK_AMX
-  if constexpr (by_matrices<M>) return run_matrix_tile(t, tile, dk, dv);
-#endif
   const T* q = (const T*)t.s.q + tile.first * t.a.q_row + tile.head * t.a.q_head;
   const T* dout = (const T*)t.d.dout + tile.first * t.g.dout_row + tile.head * t.g.dout_head;
   pack_rows_of(t, q, t.a.q_row, tile.count, scaling(t.a.scale).sign, t.q, t.q_rows);
@@ -197,20 +207,19 @@ void run_tile(const Task<T>& t, const Tile& tile, typename Task<T>::Scalar* dk, 
 
 template <class T>
 void run(const AttentionGradients& g, const GradientTask& task, char* scratch, char* sums) {
-  using M = typename Task<T>::M;
-  using Scalar = typename M::Scalar;
-  const Task<T> t(g, task, scratch);
+  using Scalar = typename TaskKeys<T>::Scalar;
+  const TaskOf<T> t(g, task, scratch);
+  const int64_t group = t.a.heads / t.a.kv_heads, head = task.kv_head * group;
   Scalar *dk = (Scalar*)sums, *dv = dk + t.sum_keys() * t.columns;
-  __builtin_memset(sums, 0, 2 * t.sum_keys() * t.columns * sizeof(Scalar));
-  pack_keys_of(t);
-  const int64_t group = t.a.heads / t.a.kv_heads;
-  for (int64_t first = t.tiles.first; first < t.tiles.last; first += t.tiles.step) {
-    Tile tile = {0, first, least(g.rows, t.s.queries - first), 0, 0};
-    const int64_t from = most(first_visible(t.a, t.s, first) - t.start, 0);
-    tile.base = least(round_down(from, panel_keys<M>), t.keys);
-    tile.end = most(tile.base, round_up(end_visible(t.a, t.s, first + tile.count - 1) - t.start, 2 * M::width));
-    for (tile.head = task.kv_head * group; tile.head < (task.kv_head + 1) * group; tile.head++)
-      run_tile(t, tile, dk, dv);
+  if constexpr (by_matrices<typename TaskKeys<T>::M>) {
+#if MK_AMX
+    run_matrix_tiles(t, head, group, {t, dk, dv});
+#endif
+  } else {
+    __builtin_memset(sums, 0, 2 * t.sum_keys() * t.columns * sizeof(Scalar));
+    pack_keys_of(t);
+    for (int64_t first = t.tiles.first; first < t.tiles.last; first += t.tiles.step)
+      for (int64_t h = 0; h < group; h++) run_tile(t, tile_at(t, head + h, first), dk, dv);
   }
 }
 
@@ -221,65 +230,55 @@ struct Sums {
   using Vec = typename M::Vec;
   struct Part {
     const typename M::Scalar* sums;
-    int64_t start, keys, row, second;
+    int64_t start, keys, second;
   };
   Part parts[most_parts];
-  int64_t count;
+  int64_t count, columns;
 
-  Sums(const AttentionGradients& g, GradientTask task, const char* sums, int64_t bytes) : count(task.parts) {
+  Sums(const AttentionGradients& g, GradientTask task, const char* sums, int64_t bytes)
+      : count(task.parts), columns(value_columns<M>(g.a.dim)) {
     for (task.part = 0; task.part < count; task.part++) {
-      const Task<T> t(g, task, nullptr);
+      const TaskKeys<T> t(g, task);
       parts[task.part] = {(const typename M::Scalar*)(sums + task.part * bytes), t.start, t.keys,
-                          by_matrices<M> ? t.sum_keys() : t.columns, t.sum_keys() * t.columns};
+                          t.sum_keys() * columns};
     }
   }
 
-  // Of dk, or with `which` dv, one key's columns from d on, or where the matrix unit multiplies the columns d, d + 1,
-  // ... of the keys from `key` on: vectors that a part has whole or not at all.
-  template <int n>
-  void add_up(int which, int64_t key, int64_t d, Vec (&v)[n]) const {
-    for (int i = 0; i < n; i++) v[i] = Vec{};
+  // Of dk, or with `which` dv, one key's columns from d on.
+  Vec add_up(int which, int64_t key, int64_t d) const {
+    Vec v = {};
     for (int64_t p = 0; p < count; p++) {
       const Part& part = parts[p];
-      const int64_t at = key - part.start, row = part.row;
-      if (at < 0 || at >= part.keys) continue;
-      const typename M::Scalar* from = part.sums + which * part.second + (by_matrices<M> ? d * row + at : at * row + d);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; i++) v[i] += load_words<Vec>(from + i * row);
+      const int64_t at = key - part.start;
+      if (at >= 0 && at < part.keys) v += load_words<Vec>(part.sums + which * part.second + at * columns + d);
     }
+    return v;
   }
 };
 
 template <class T>
 void finish(const AttentionGradients& g, const GradientTask& task, char* sums, int64_t sums_bytes) {
-  using M = typename Task<T>::M;
+  using M = typename ArithmeticOf<T>::type;
   using Scalar = typename M::Scalar;
-  using Vec = typename M::Vec;
-  const Task<T> t(g, task, nullptr);
-  const int64_t row = t.a.kv_heads * t.a.dim;
+  const Attention& a = g.a;
+  const GradientSequence& to = g.sequences[task.sequence];
   // The unit's q has the sign of the scale already.
-  const Scalar scale = (Scalar)(by_matrices<M> ? scaling(t.a.scale).magnitude : t.a.scale);
-  const auto write = [&](int which, int64_t key, int64_t d, Vec v) {
-    T* out = (T*)(which ? t.d.dv : t.d.dk) + key * row + task.kv_head * t.a.dim;
-    store_columns<M>(out, d, t.a.dim, which ? v : v * scale);
-  };
+  const Scalar scale = (Scalar)(by_matrices<M> ? scaling(a.scale).magnitude : a.scale);
   const Sums<T> all(g, task, sums, sums_bytes);
-  for (int64_t key = 0; key < t.s.keys; key += by_matrices<M> ? M::width : 1)
-    for (int which = 0; which < 2; which++)
-      for (int64_t d = 0; d < t.a.dim; d += M::width) {
-        Vec block[by_matrices<M> ? M::width : 1];
-        all.add_up(which, key, d, block);
-        if constexpr (by_matrices<M>) transpose(block);
-        for (int64_t i = 0; i < least(by_matrices<M> ? M::width : 1, t.s.keys - key); i++)
-          write(which, key + i, d, block[i]);
-      }
+  for (int64_t key = 0; key < a.sequences[task.sequence].keys; key++) {
+    const int64_t at = (key * a.kv_heads + task.kv_head) * a.dim;
+    for (int64_t d = 0; d < a.dim; d += M::width) {
+      store_columns<M>((T*)to.dk + at, d, a.dim, all.add_up(0, key, d) * scale);
+      store_columns<M>((T*)to.dv + at, d, a.dim, all.add_up(1, key, d));
+    }
+  }
 }
 
 template <class T>
 AttentionBackwardKernels::Sizes sizes(const AttentionGradients& g, int64_t sequence, int64_t parts) {
   AttentionBackwardKernels::Sizes largest = {};
   for (int64_t p = 0; p < parts; p++) {
-    const Task<T> t(g, {sequence, 0, p, parts}, nullptr);
+    const TaskOf<T> t(g, {sequence, 0, p, parts}, nullptr);
     largest.scratch_bytes = most(largest.scratch_bytes, t.bytes);
     largest.sums_bytes = most(largest.sums_bytes, t.sums_bytes());
   }
@@ -290,6 +289,7 @@ AttentionBackwardKernels::Sizes sizes(const AttentionGradients& g, int64_t seque
 
 const AttentionBackwardKernels attention_backward = {
     {12, by_matrices<PairsBf16> ? 32 : 12, 12, 12},
+    {false, by_matrices<PairsBf16>, false, false},
     {sizes<float>, sizes<bf16>, sizes<f16>, sizes<double>},
     {run<float>, run<bf16>, run<f16>, run<double>},
     {finish<float>, finish<bf16>, finish<f16>, finish<double>},

@@ -14,7 +14,7 @@ struct AttentionGradients {
   Attention a;
   const GradientSequence* sequences;
   int64_t dout_row, dout_head, dlse_row, dlse_head;
-  int64_t rows;  // queries of a tile, even
+  int64_t rows, heads;  // of a tile: queries, an even number, and query heads where the kernels take several
 };
 
 // The most parts of one KV head.
@@ -30,11 +30,28 @@ struct GradientTiles {
   int64_t first, last, step;
 };
 
-// With a window neighbours, which see the same keys; else every so many, since the later ones see more of them.
-static inline GradientTiles tiles_of(const AttentionGradients& g, int64_t queries, int64_t part, int64_t parts) {
-  if (!g.a.window) return {part * g.rows, queries, parts * g.rows};
-  const int64_t tiles = (queries + g.rows - 1) / g.rows, last = (part + 1) * tiles / parts * g.rows;
-  return {part * tiles / parts * g.rows, last < queries ? last : queries, g.rows};
+// Neighbours, which see the same keys, with about as many scores in each part. Without a window tiles of one head are
+// every so many instead, since the later ones see more keys.
+static inline GradientTiles tiles_of(const AttentionGradients& g, const GradientTask& task) {
+  const AttentionSequence& s = g.a.sequences[task.sequence];
+  if (!g.a.window && g.heads == 1) return {task.part * g.rows, s.queries, task.parts * g.rows};
+  const auto scores = [&](int64_t first) {
+    const int64_t end = first + g.rows < s.queries ? first + g.rows : s.queries;
+    return (end - first) * (end_visible(g.a, s, end - 1) - first_visible(g.a, s, first)) + 1;
+  };
+  int64_t all = 0, before = 0;
+  for (int64_t first = 0; first < s.queries; first += g.rows) all += scores(first);
+  GradientTiles tiles = {s.queries, s.queries, g.rows};
+  for (int64_t first = 0; first < s.queries; first += g.rows) {
+    const int64_t middle = 2 * before + scores(first), part = middle * task.parts / (2 * all);
+    if (part >= task.part && first < tiles.first) tiles.first = first;
+    if (part > task.part) {
+      tiles.last = first;
+      break;
+    }
+    before += scores(first);
+  }
+  return tiles;
 }
 
 struct AttentionBackwardKernels {
@@ -45,7 +62,8 @@ struct AttentionBackwardKernels {
   using Run = void (*)(const AttentionGradients&, const GradientTask&, char* scratch, char* sums);
   // Joins the sums of all parts, `sums_bytes` apart, in order, and writes dk and dv.
   using Finish = void (*)(const AttentionGradients&, const GradientTask&, char* sums, int64_t sums_bytes);
-  int64_t row_unit[dtypes];  // what the queries of a tile are a multiple of
+  int64_t row_unit[dtypes];    // what the queries of a tile are a multiple of
+  bool several_heads[dtypes];  // whether a tile may have them
   Measure sizes[dtypes];
   Run run[dtypes];
   Finish finish[dtypes];

@@ -1,5 +1,5 @@
-// What both ways of computing the gradients of attention share, vectors and the matrix unit: the buffers of a task,
-// keys and values packed once, and the softmax of a strip's rows with the gradients of its scores.
+// What the gradients of attention consist of: the keys of a task, the buffers of one that works with vectors, keys and
+// values packed once, and the softmax of a strip's rows with the gradients of its scores.
 #pragma once
 #include "cpu/attention_backward.h"
 #include "cpu/attention_pack.h"
@@ -9,68 +9,96 @@ namespace {
 
 constexpr int64_t keys_of_sum = 512;  // float32 sums over keys are no longer than this
 
+// The tiles of a task and the keys that they see. Keys count from `start`, a whole panel, and are those that the part's
+// queries see; a tile's count from its own first panel on, and are at most `span`.
 template <class T>
-struct Task {
+struct TaskKeys {
   using M = typename ArithmeticOf<T>::type;
   using Scalar = typename M::Scalar;
-  using Vec = typename M::Vec;
-  using Word = typename M::Word;
   const AttentionGradients& g;
   const Attention& a;
   const AttentionSequence& s;
   const GradientSequence& d;
   GradientTiles tiles;
   int64_t kv_head, words, row_words, columns, start, keys, span;
-  Word *k_panels, *v_panels, *k_rows;  // K and V as columns of scores, K as rows
-  Word *q, *dout;                      // [rows][row_words]
-  Word *q_rows, *dout_rows;            // [rows / step][columns]; where the matrix unit multiplies, [columns][rows]
-  Word *p, *ds;                        // [rows / step][span]
-  Word* strip_ds;                      // [rows_of_strip][span / step]
-  Scalar *scores, *dp, *dq;            // [rows_of_strip][span], twice, and [rows_of_strip][columns]
-  int64_t bytes;
 
-  // Keys count from `start`, a whole panel, and are those that the part's queries see; a tile's count from its own
-  // first panel on.
-  Task(const AttentionGradients& g, const GradientTask& task, char* scratch)
+  TaskKeys(const AttentionGradients& g, const GradientTask& task)
       : g(g), a(g.a), s(a.sequences[task.sequence]), d(g.sequences[task.sequence]), kv_head(task.kv_head) {
     constexpr int64_t n = panel_keys<M>;
-    tiles = tiles_of(g, s.queries, task.part, task.parts);
+    tiles = tiles_of(g, task);
     words = key_words<M>(a.dim);
     row_words = query_words<M>(a.dim);
     columns = value_columns<M>(a.dim);
     start = round_down(first_visible(a, s, tiles.first), n);
     keys = most(0, round_up(end_visible(a, s, tiles.last - 1) - start, n));
     span = least(keys, a.causal && a.window ? round_up(a.window + g.rows, n) + n : keys) + 2 * n;
-    char* at = scratch;
-    const auto take = [&at](auto*& to, int64_t count) {
-      to = (decltype(to + 0))at;
-      at += round_up(count * (int64_t)sizeof(*to), 64);
-    };
-    take(k_panels, keys * words);
-    take(v_panels, keys * words);
-    take(k_rows, keys / M::step * columns);
-    take(q, g.rows * row_words);
-    take(dout, g.rows * row_words);
-    take(q_rows, g.rows / M::step * columns);
-    take(dout_rows, g.rows / M::step * columns);
-    take(p, g.rows / M::step * span);
-    take(ds, g.rows / M::step * span);
-    take(strip_ds, rows_of_strip<M> * span / M::step);
-    take(scores, rows_of_strip<M> * span);
-    take(dp, rows_of_strip<M> * span);
-    take(dq, rows_of_strip<M> * columns);
-    bytes = at - scratch;
   }
 
-  // Keys of the sums: [sum_keys()][columns], or [columns][sum_keys()] where the matrix unit multiplies.
-  int64_t sum_keys() const { return keys + (by_matrices<M> ? lanes : strip_rows); }
+  // Keys of the sums, [sum_keys()][columns].
+  int64_t sum_keys() const { return keys + (by_matrices<M> ? 0 : strip_rows); }
   int64_t sums_bytes() const { return round_up(2 * sum_keys() * columns * (int64_t)sizeof(Scalar), 64); }
+};
+
+// Buffers one after the other.
+struct Buffers {
+  char* at;
+
+  template <class T>
+  void take(T*& to, int64_t count) {
+    to = (T*)at;
+    at += round_up(count * (int64_t)sizeof(T), 64);
+  }
+};
+
+template <class T>
+struct Task : TaskKeys<T> {
+  using M = typename ArithmeticOf<T>::type;
+  using Scalar = typename M::Scalar;
+  using Vec = typename M::Vec;
+  using Word = typename M::Word;
+  Word *k_panels, *v_panels, *k_rows;  // K and V as columns of scores, K as rows
+  Word *q, *dout;                      // [rows][row_words]
+  Word *q_rows, *dout_rows;            // [rows / step][columns]
+  Word *p, *ds;                        // [rows / step][span]
+  Word* strip_ds;                      // [strip_rows][span / step]
+  Scalar *scores, *dp, *dq;            // [strip_rows][span], twice, and [strip_rows][columns]
+  int64_t bytes;
+
+  Task(const AttentionGradients& g, const GradientTask& task, char* scratch) : TaskKeys<T>(g, task) {
+    const int64_t keys = this->keys, span = this->span, columns = this->columns;
+    Buffers from = {scratch};
+    from.take(k_panels, keys * this->words);
+    from.take(v_panels, keys * this->words);
+    from.take(k_rows, keys / M::step * columns);
+    from.take(q, g.rows * this->row_words);
+    from.take(dout, g.rows * this->row_words);
+    from.take(q_rows, g.rows / M::step * columns);
+    from.take(dout_rows, g.rows / M::step * columns);
+    from.take(p, g.rows / M::step * span);
+    from.take(ds, g.rows / M::step * span);
+    from.take(strip_ds, strip_rows * span / M::step);
+    from.take(scores, strip_rows * span);
+    from.take(dp, strip_rows * span);
+    from.take(dq, strip_rows * columns);
+    bytes = from.at - scratch;
+  }
 };
 
 // Queries [first, first + count) of a head, and their keys [base, end), which count from the task's start.
 struct Tile {
   int64_t head, first, count, base, end;
 };
+
+// The tile from query `first` on.
+template <class T>
+Tile tile_at(const TaskKeys<T>& t, int64_t head, int64_t first) {
+  using M = typename TaskKeys<T>::M;
+  Tile tile = {head, first, least(t.g.rows, t.s.queries - first), 0, 0};
+  const int64_t from = most(first_visible(t.a, t.s, first) - t.start, 0);
+  tile.base = least(round_down(from, panel_keys<M>), t.keys);
+  tile.end = most(tile.base, round_up(end_visible(t.a, t.s, first + tile.count - 1) - t.start, 2 * M::width));
+  return tile;
+}
 
 template <class T>
 void pack_keys_of(const Task<T>& t) {
@@ -198,8 +226,8 @@ struct Keys {
 
 // Those that any of `count` rows sees.
 template <class T>
-MK_INLINE Keys keys_of_strip(const Task<T>& t, const Tile& tile, int64_t row, int64_t count) {
-  constexpr int64_t unit = 2 * Task<T>::M::width;
+MK_INLINE Keys keys_of_strip(const TaskKeys<T>& t, const Tile& tile, int64_t row, int64_t count) {
+  constexpr int64_t unit = 2 * TaskKeys<T>::M::width;
   const int64_t query = tile.first + row;
   const int64_t seen = round_down(most(first_visible(t.a, t.s, query) - t.start, 0), unit);
   const int64_t first = least(tile.end, most(tile.base, seen));

@@ -54,6 +54,12 @@ struct Right {
   int64_t row, next, step;
 };
 
+// A left factor: bytes from one of its rows to the next, from 16 rows to the next 16, and from a step to the next.
+struct Left {
+  const void* first;
+  int64_t row, next, step;
+};
+
 constexpr int64_t matrix_block = matrix_words * matrix_rows;  // words of a register
 
 // The intrinsics put their numbers into the text of an instruction, which no template parameter can become.
@@ -64,14 +70,14 @@ constexpr int64_t matrix_block = matrix_words * matrix_rows;  // words of a regi
     _tile_dpbf16ps(c, a, b);
 
 // c = or, where not `fresh`, += a . b for 16 MT rows of a and 16 NT columns of b, over `steps` times 16 words.
-//   a  rows of words, a_row bytes apart
+//   a  rows of words, or in the second form such rows a_row bytes apart, whose steps lie side by side
 //   b  [words][columns]; a word is two bf16, or four bytes (of a unsigned, of b signed)
 //   c  [rows][columns] of float or int32, the rows c_row bytes apart
 // The unit takes subnormal bf16 for 0, and rounds each sum to nearest even.
-template <bool bytes, int MT, int NT>
-MK_INLINE void multiply_matrices(const void* a, int64_t a_row, Right b, int64_t steps, void* c, int64_t c_row,
-                                 bool fresh) {
-  const char *a0 = (const char*)a, *a1 = a0 + matrix_rows * a_row, *b0 = (const char*)b.first, *b1 = b0 + b.next;
+// between() runs after each product: the unit is busy for 16 cycles then, and vectors have something to do.
+template <bool bytes, int MT, int NT, class Between>
+MK_INLINE void multiply_matrices(Left a, Right b, int64_t steps, void* c, int64_t c_row, bool fresh, Between between) {
+  const char *a0 = (const char*)a.first, *a1 = a0 + a.next, *b0 = (const char*)b.first, *b1 = b0 + b.next;
   char *c0 = (char*)c, *c2 = c0 + matrix_rows * c_row;
   asm volatile("" ::: "memory");  // the compiler does not know that a register's load reads memory
   if (fresh) {
@@ -85,20 +91,24 @@ MK_INLINE void multiply_matrices(const void* a, int64_t a_row, Right b, int64_t 
     if constexpr (MT == 2) _tile_loadd(2, c2, c_row);
     if constexpr (MT == 2 && NT == 2) _tile_loadd(3, c2 + 64, c_row);
   }
-  for (int64_t s = 0; s < steps; s++, a0 += 64, a1 += 64, b0 += b.step, b1 += b.step) {
-    _tile_loadd(4, a0, a_row);
+  for (int64_t s = 0; s < steps; s++, a0 += a.step, a1 += a.step, b0 += b.step, b1 += b.step) {
+    _tile_loadd(4, a0, a.row);
     _tile_loadd(6, b0, b.row);
     MK_MULTIPLY(0, 4, 6)
+    between();
     if constexpr (NT == 2) {
       _tile_loadd(7, b1, b.row);
       MK_MULTIPLY(1, 4, 7)
+      between();
     }
     if constexpr (MT == 2) {
-      _tile_loadd(5, a1, a_row);
+      _tile_loadd(5, a1, a.row);
       MK_MULTIPLY(2, 5, 6)
+      between();
     }
     if constexpr (MT == 2 && NT == 2) {
       MK_MULTIPLY(3, 5, 7)
+      between();
     }
   }
   _tile_stored(0, c0, c_row);
@@ -114,6 +124,17 @@ MK_INLINE void multiply_matrices(const void* a, int64_t a_row, Right b, int64_t 
 // takes 700 to wake up; while it multiplies, and for 200 cycles after, vectors multiply and compare at half their rate,
 // so that one of these every 600 cycles or so costs least. Measured on Emerald Rapids.
 MK_INLINE void keep_awake() { _tile_dpbf16ps(3, 5, 7); }
+
+template <bool bytes, int MT, int NT>
+MK_INLINE void multiply_matrices(Left a, Right b, int64_t steps, void* c, int64_t c_row, bool fresh) {
+  multiply_matrices<bytes, MT, NT>(a, b, steps, c, c_row, fresh, [] {});
+}
+
+template <bool bytes, int MT, int NT>
+MK_INLINE void multiply_matrices(const void* a, int64_t a_row, Right b, int64_t steps, void* c, int64_t c_row,
+                                 bool fresh) {
+  multiply_matrices<bytes, MT, NT>(Left{a, a_row, matrix_rows * a_row, 64}, b, steps, c, c_row, fresh);
+}
 
 template <int>
 struct Registers {};

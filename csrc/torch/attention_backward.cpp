@@ -18,6 +18,9 @@ namespace {
 constexpr int64_t enough_tasks = most_parts;
 // P and dS of a tile, in bytes, that the L2 cache mostly holds.
 constexpr int64_t tile_bytes = int64_t{3} << 19;
+// Rows of a tile of several heads, queries times heads: so many that the sums of dk and dv, which it loads and stores
+// once, take little of its time.
+constexpr int64_t stacked_rows = 256;
 
 int64_t rows_of_tile(const Attention& a, int64_t keys, int64_t unit) {
   const int64_t seen = a.causal && a.window ? std::min(keys, a.window + tile_rows) : keys;
@@ -34,17 +37,26 @@ struct Sums {
 class Backward {
  public:
   Backward(AttentionGradients g, const std::vector<AttentionSequence>& sequences) : g_(g), sequences_(sequences) {
-    int64_t longest = 0;
-    for (const AttentionSequence& s : sequences_) longest = std::max(longest, s.keys);
+    int64_t queries = 0, keys = 0;
+    for (const AttentionSequence& s : sequences_) {
+      queries = std::max(queries, s.queries);
+      keys = std::max(keys, s.keys);
+    }
     g_.a.sequences = sequences_.data();
     dtype_ = static_cast<int>(g_.a.dtype);
-    g_.rows = rows_of_tile(g_.a, longest, kernels_.row_unit[dtype_]);
+    const int64_t heads = static_cast<int64_t>(sequences_.size()) * g_.a.kv_heads;
+    wanted_ = heads ? (enough_tasks + heads - 1) / heads : 1;
+    const int64_t unit = kernels_.row_unit[dtype_];
+    g_.heads = 1;
+    g_.rows = rows_of_tile(g_.a, keys, unit);
+    if (!kernels_.several_heads[dtype_]) return;
+    g_.heads = std::min(g_.a.heads / g_.a.kv_heads, stacked_rows / unit);
+    const int64_t most = stacked_rows / g_.heads / unit * unit, share = (queries + wanted_ - 1) / wanted_;
+    g_.rows = std::clamp((share + unit - 1) / unit * unit, unit, most);
   }
 
   void operator()() {
-    const int64_t heads = static_cast<int64_t>(sequences_.size()) * g_.a.kv_heads;
-    const int64_t wanted = heads ? (enough_tasks + heads - 1) / heads : 1;
-    for (size_t i = 0; i < sequences_.size(); i++) plan(i, wanted);
+    for (size_t i = 0; i < sequences_.size(); i++) plan(i);
     const std::unique_ptr<Sums[]> sums(new Sums[joined_]());
     for (const Planned& p : tasks_) sums[p.sums].left++;
     share_out(tasks_.size(), work_, [&](int64_t i) { run(tasks_[i], sums[tasks_[i].sums]); });
@@ -57,10 +69,10 @@ class Backward {
     AttentionBackwardKernels::Sizes bytes;
   };
 
-  void plan(int64_t index, int64_t wanted) {
+  void plan(int64_t index) {
     const AttentionSequence& s = sequences_[index];
     if (!s.keys) return;
-    const int64_t tiles = (s.queries + g_.rows - 1) / g_.rows, parts = std::clamp<int64_t>(tiles, 1, wanted);
+    const int64_t tiles = (s.queries + g_.rows - 1) / g_.rows, parts = std::clamp<int64_t>(tiles, 1, wanted_);
     const auto bytes = kernels_.sizes[dtype_](g_, index, parts);
     for (int64_t kv_head = 0; kv_head < g_.a.kv_heads; kv_head++, joined_++)
       for (int64_t part = 0; part < parts; part++) tasks_.push_back({{index, kv_head, part, parts}, joined_, bytes});
@@ -90,6 +102,7 @@ class Backward {
   const std::vector<AttentionSequence>& sequences_;
   const AttentionBackwardKernels& kernels_ = pick(attention_backward_tiers);
   int dtype_;
+  int64_t wanted_;  // parts of a KV head
   int64_t joined_ = 0;
   double work_ = 0;
   std::vector<Planned> tasks_;
