@@ -38,7 +38,7 @@ BUGS = (
     ("codes' values without their scale", DECODE, "t.codes ? t.v_scale : nullptr", "nullptr",
      ATTENTION + "test_decode_over_codes[dtype0]"),
     ("missing scale of dQ", ROWS, "t.columns + d) * (Scalar)t.a.scale)", "t.columns + d))", GRADIENTS_DOUBLE),
-    ("missing scale of dK", BACKWARD, "which ? v : v * scale", "v", GRADIENTS_DOUBLE),
+    ("missing scale of dK", BACKWARD, "all.add_up(0, key, d) * scale", "all.add_up(0, key, d)", GRADIENTS_DOUBLE),
     ("sign of the gradient of lse", ROWS, "delta / sum - dlse", "delta / sum + dlse", GRADIENTS_DOUBLE),
     ("gradient of the scores without the row's sum", ROWS, "- rows[r].less - (M::step == 1 ? rows[r].rest : 0))",
      ")", GRADIENTS_DOUBLE),

@@ -120,11 +120,6 @@ MK_INLINE void multiply_matrices(Left a, Right b, int64_t steps, void* c, int64_
 
 #undef MK_MULTIPLY
 
-// A product whose result nobody reads. The unit falls asleep when it has not multiplied for some 900 cycles, and then
-// takes 700 to wake up; while it multiplies, and for 200 cycles after, vectors multiply and compare at half their rate,
-// so that one of these every 600 cycles or so costs least. Measured on Emerald Rapids.
-MK_INLINE void keep_awake() { _tile_dpbf16ps(3, 5, 7); }
-
 template <bool bytes, int MT, int NT>
 MK_INLINE void multiply_matrices(Left a, Right b, int64_t steps, void* c, int64_t c_row, bool fresh) {
   multiply_matrices<bytes, MT, NT>(a, b, steps, c, c_row, fresh, [] {});
@@ -135,6 +130,11 @@ MK_INLINE void multiply_matrices(const void* a, int64_t a_row, Right b, int64_t 
                                  bool fresh) {
   multiply_matrices<bytes, MT, NT>(Left{a, a_row, matrix_rows * a_row, 64}, b, steps, c, c_row, fresh);
 }
+
+// A product whose result nobody reads. The unit falls asleep when it has not multiplied for some 900 cycles, and then
+// takes 700 to wake up; while it multiplies, and for 200 cycles after, vectors multiply and compare at half their rate,
+// so that one of these every 600 cycles or so costs least. Measured on Emerald Rapids.
+MK_INLINE void keep_awake() { _tile_dpbf16ps(3, 5, 7); }
 
 template <int>
 struct Registers {};
