@@ -255,36 +255,46 @@ void segment_values(const Decode<T>& t, const Segment& s) {
 
 #if MK_AMX
 
-template <class T>
-void matrix_segment_scores(const Decode<T>& t, const Segment& s) {
-  for (int64_t i = 0; i < s.count; i += matrix_keys) {
-    const int64_t keys = least(matrix_keys, s.count - i);
-    const int64_t needed = keys > 2 * matrix_rows ? matrix_keys : round_up(keys, matrix_rows);
-    for (int64_t head = 0; head < t.item.heads; head++) {
-      int64_t k_row = s.span->k_row;
-      const T* k = (const T*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
-      k = whole_rows(t, k, keys, needed, k_row);
-      if (needed == matrix_keys)
-        matrix_scores<4>(t, k, k_row, keys, head, s.place + i);
-      else if (needed > matrix_rows)
-        matrix_scores<2>(t, k, k_row, keys, head, s.place + i);
-      else
-        matrix_scores<1>(t, k, k_row, keys, head, s.place + i);
-    }
+// f(first key, keys) for a segment's keys as the matrix unit takes them: by whole registers, then the few that fill
+// none.
+template <class F>
+MK_INLINE void each_keys(int64_t count, F f) {
+  for (int64_t i = 0, keys; i < count; i += keys) {
+    keys = least(matrix_keys, count - i);
+    if (keys > matrix_rows) keys = round_down(keys, matrix_rows);
+    f(i, keys);
   }
 }
 
 template <class T>
+void matrix_segment_scores(const Decode<T>& t, const Segment& s) {
+  each_keys(s.count, [&](int64_t i, int64_t keys) {
+    for (int64_t head = 0; head < t.item.heads; head++) {
+      int64_t k_row = s.span->k_row;
+      const T* k = (const T*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
+      k = whole_rows(t, k, keys, round_up(keys, matrix_rows), k_row);
+      if (keys == matrix_keys)
+        matrix_scores<4>(t, k, k_row, keys, head, s.place + i);
+      else if (keys > 2 * matrix_rows)
+        matrix_scores<3>(t, k, k_row, keys, head, s.place + i);
+      else if (keys > matrix_rows)
+        matrix_scores<2>(t, k, k_row, keys, head, s.place + i);
+      else
+        matrix_scores<1>(t, k, k_row, keys, head, s.place + i);
+    }
+  });
+}
+
+template <class T>
 void matrix_segment_values(const Decode<T>& t, const Segment& s) {
-  for (int64_t i = 0; i < s.count; i += matrix_keys) {
-    const int64_t keys = least(matrix_keys, s.count - i);
+  each_keys(s.count, [&](int64_t i, int64_t keys) {
     for (int64_t head = 0; head < t.item.heads; head++) {
       int64_t v_row = s.span->v_row;
       const T* v = (const T*)s.span->v + (s.at + i) * v_row + (t.item.head + head) * s.span->v_head;
       v = whole_rows(t, v, keys, round_up(keys, matrix_rows), v_row);
       matrix_values(t, v, v_row, keys, head, s.place + i);
     }
-  }
+  });
 }
 
 #endif
@@ -363,7 +373,7 @@ template <class T>
 void all_values(const Decode<T>& t) {
 #if MK_AMX
   if constexpr (by_matrices<typename Decode<T>::M>) {
-    const Matrices matrices(least(t.rows, matrix_rows));
+    const Matrices matrices(result_rows(t));
     for (const Segment& s : t.segments)
       if (!s.span->k_scale) matrix_segment_values(t, s);
     join_columns(t);
@@ -389,38 +399,42 @@ void decode(const Attention& a, const AttentionItem& item, char* scratch) {
   all_values(t);
 }
 
-// The partial results of one row, in the order of the keys.
+// Adds a row of another partial result, `more`, to the first one.
 template <class T>
-void join_row(const Decode<T>& t, int64_t index, int64_t count, T* out, typename Decode<T>::Scalar* lse) {
+void join_row(const Decode<T>& t, int64_t row, RowState<typename Decode<T>::Scalar> next,
+              const typename Decode<T>::Scalar* more) {
   using M = typename Decode<T>::M;
   using Scalar = typename M::Scalar;
   using Vec = typename M::Vec;
-  const int64_t bytes = t.a.partial_bytes;
-  RowState<Scalar> state = t.states[index];
-  Scalar* acc = t.acc + index * t.n;
-  for (int64_t i = 1; i < count; i++) {
-    const RowState<Scalar> next = *(const RowState<Scalar>*)((const char*)(t.states + index) + i * bytes);
-    const Scalar* more = (const Scalar*)((const char*)acc + i * bytes);
-    const Scalar top = next.top > state.top ? next.top : state.top, base = top == -INFINITY ? 0 : top;
-    const Scalar before = exp2_scalar((state.top - base) * t.scale), after = exp2_scalar((next.top - base) * t.scale);
-    for (int64_t d = 0; d < t.n; d += M::width)
-      store_words(acc + d, load_words<Vec>(acc + d) * before + load_words<Vec>(more + d) * after);
-    state = {top, state.sum * before + next.sum * after};
-  }
-  finish_row<M>(t.a, acc, state, out, lse);
+  RowState<Scalar>& state = t.states[row];
+  Scalar* acc = t.acc + row * t.n;
+  const Scalar top = next.top > state.top ? next.top : state.top, base = top == -INFINITY ? 0 : top;
+  const Scalar before = exp2_scalar((state.top - base) * t.scale), after = exp2_scalar((next.top - base) * t.scale);
+  for (int64_t d = 0; d < t.n; d += M::width)
+    store_words(acc + d, load_words<Vec>(acc + d) * before + load_words<Vec>(more + d) * after);
+  state = {top, state.sum * before + next.sum * after};
 }
 
+// In the order of the keys, and each partial result as it lies in memory.
 template <class T>
 void join(const Attention& a, const AttentionItem& item, int64_t count) {
   using Scalar = typename Decode<T>::Scalar;
   const Decode<T> t(a, item, nullptr);
-  for (int64_t head = 0; head < item.heads; head++)
-    for (int64_t row = 0; row < t.rows; row++) {
-      const int64_t query = row / t.group, q_head = (item.head + head) * t.group + row % t.group;
-      T* out = (T*)t.s.out + query * a.out_row + q_head * a.out_head;
-      Scalar* lse = t.s.lse ? (Scalar*)t.s.lse + q_head * a.lse_head + query : nullptr;
-      join_row(t, head * t.all_rows + row, count, out, lse);
-    }
+  const auto each_row = [&](auto f) {
+    for (int64_t head = 0; head < item.heads; head++)
+      for (int64_t row = 0; row < t.rows; row++) f(head, row, head * t.all_rows + row);
+  };
+  for (int64_t i = 1; i < count; i++) {
+    const Scalar* acc = (const Scalar*)((const char*)t.acc + i * a.partial_bytes);
+    const auto* states = (const RowState<Scalar>*)((const char*)t.states + i * a.partial_bytes);
+    each_row([&](int64_t, int64_t, int64_t index) { join_row(t, index, states[index], acc + index * t.n); });
+  }
+  each_row([&](int64_t head, int64_t row, int64_t index) {
+    const int64_t query = row / t.group, q_head = (item.head + head) * t.group + row % t.group;
+    T* out = (T*)t.s.out + query * a.out_row + q_head * a.out_head;
+    Scalar* lse = t.s.lse ? (Scalar*)t.s.lse + q_head * a.lse_head + query : nullptr;
+    finish_row<typename Decode<T>::M>(a, t.acc + index * t.n, t.states[index], out, lse);
+  });
 }
 
 }  // namespace

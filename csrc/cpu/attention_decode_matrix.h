@@ -4,8 +4,8 @@
 // Keys are the left factor of the scores, and the rows that share a KV head its columns: sixteen cost what one does.
 //
 // Values are the right factor of the outputs. The unit multiplies pairs along the sum, and what lies side by side in a
-// value is a pair of columns: with probabilities (p, 0) it gives the even columns, with (0, p) the odd ones. Results
-// and probabilities take as many rows of a register as there are, and as much less time.
+// value is a pair of columns: with probabilities (p, 0) it gives the even columns, with (0, p) the odd ones. A product
+// takes as long for one row as for sixteen: up to eight rows have both kinds in one.
 #pragma once
 #include "cpu/attention_pack.h"
 
@@ -33,30 +33,42 @@ void tile_queries(const D& t) {
       }
 }
 
-// sums [64][16] = keys . queries: four sums that do not wait for one another.
+#define MK_ADD_KEYS(sum)                                 \
+  for (int64_t s = 0; s < steps; s++) {                  \
+    _tile_loadd(6, q + s * matrix_block, 64);            \
+    _tile_loadd(4, k + s * 2 * matrix_words, k_row * 2); \
+    _tile_dpbf16ps(sum, 4, 6);                           \
+  }                                                      \
+  k += matrix_rows * k_row;
+
+// sums [16 MT][16] = keys . queries: sums that do not wait for one another. Each key is read whole before the next
+// ones: the first-level cache does not hold the lines of 64 keys that lie far apart, and their neighbours come along
+// with them.
+template <int MT>
 MK_INLINE void multiply_keys(const bf16* k, int64_t k_row, const uint32_t* q, int64_t steps, float* sums) {
   asm volatile("" ::: "memory");  // as in multiply_matrices
   _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t s = 0; s < steps; s++, k += 2 * matrix_words, q += matrix_block) {
-    _tile_loadd(6, q, 64);
-    _tile_loadd(4, k, k_row * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, k + matrix_rows * k_row, k_row * 2);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(4, k + 2 * matrix_rows * k_row, k_row * 2);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(5, k + 3 * matrix_rows * k_row, k_row * 2);
-    _tile_dpbf16ps(3, 5, 6);
+  if constexpr (MT > 1) _tile_zero(1);
+  if constexpr (MT > 2) _tile_zero(2);
+  if constexpr (MT > 3) _tile_zero(3);
+  MK_ADD_KEYS(0)
+  if constexpr (MT > 1) {
+    MK_ADD_KEYS(1)
+  }
+  if constexpr (MT > 2) {
+    MK_ADD_KEYS(2)
+  }
+  if constexpr (MT > 3) {
+    MK_ADD_KEYS(3)
   }
   _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + matrix_block, 64);
-  _tile_stored(2, sums + 2 * matrix_block, 64);
-  _tile_stored(3, sums + 3 * matrix_block, 64);
+  if constexpr (MT > 1) _tile_stored(1, sums + matrix_block, 64);
+  if constexpr (MT > 2) _tile_stored(2, sums + 2 * matrix_block, 64);
+  if constexpr (MT > 3) _tile_stored(3, sums + 3 * matrix_block, 64);
   asm volatile("" ::: "memory");
 }
+
+#undef MK_ADD_KEYS
 
 // Sums of sixteen keys as vectors of one row each, four rows at a time.
 template <class D>
@@ -85,19 +97,18 @@ MK_INLINE void matrix_scores(const D& t, const bf16* k, int64_t k_row, int64_t k
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t row = b * matrix_rows;
     const uint32_t* q = t.q_blocks + (head * blocks + b) * t.words * matrix_rows;
-    const int64_t steps = t.words / matrix_words;
-    if constexpr (MT == 4)
-      multiply_keys(k, k_row, q, steps, sums);
-    else
-      multiply_matrices<false, MT, 1>(k, k_row * 2, {q, 64, 0, matrix_block * 4}, steps, sums, 64, true);
+    multiply_keys<MT>(k, k_row, q, t.words / matrix_words, sums);
     for (int64_t i = 0; i < keys; i += matrix_rows)
       store_scores(t, sums + i * matrix_rows, head * t.all_rows + row, least(matrix_rows, t.rows - row), place + i);
   }
 }
 
-// Probabilities as left factors, [rows][64 keys] each: those of even columns, and of odd ones.
+// Up to so many rows that share a KV head have their even columns and their odd ones in one register of results.
+constexpr int64_t paired_rows = matrix_rows / 2;
+
+// Probabilities as left factors: of each row those for the even columns, then those for the odd ones.
 struct LeftPairs {
-  alignas(64) uint32_t even[matrix_rows][matrix_keys], odd[matrix_rows][matrix_keys];
+  alignas(64) uint32_t words[matrix_rows][2][matrix_keys];
 };
 
 // Behind the last of `keys` follow zeros up to a whole register.
@@ -113,25 +124,61 @@ MK_INLINE void spread_probabilities(const D& t, int64_t first, int64_t rows, int
       else
         __builtin_memcpy(&some, from + k, (keys - k) * sizeof(uint16_t));
       const vu words = widen(some);
-      store_words(&p.even[r][k], words);
-      store_words(&p.odd[r][k], words << 16);
+      store_words(&p.words[r][0][k], words);
+      store_words(&p.words[r][1][k], words << 16);
     }
   }
 }
 
-// acc += P V for 32 NT columns: of each 32, first the even ones, then the odd ones.
+// acc += P V for 32 NT columns. Of a row of acc the first half are the even columns, the second the odd ones: as much
+// farther on as in p one kind follows the other, so that a register can hold both of eight rows.
+template <int NT>
+MK_INLINE void multiply_paired(const LeftPairs& p, const bf16* v, int64_t v_row, int64_t keys, float* acc,
+                               int64_t acc_half) {
+  asm volatile("" ::: "memory");
+  _tile_loadd(0, acc, acc_half * 4);
+  if constexpr (NT > 1) _tile_loadd(1, acc + 16, acc_half * 4);
+  if constexpr (NT > 2) _tile_loadd(2, acc + 32, acc_half * 4);
+  if constexpr (NT > 3) _tile_loadd(3, acc + 48, acc_half * 4);
+  for (int64_t k = 0; k < keys; k += matrix_rows, v += matrix_rows * v_row) {
+    _tile_loadd(4, &p.words[0][0][k], sizeof p.words[0][0]);
+    _tile_loadd(6, v, v_row * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (NT > 1) {
+      _tile_loadd(7, v + 32, v_row * 2);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (NT > 2) {
+      _tile_loadd(6, v + 64, v_row * 2);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (NT > 3) {
+      _tile_loadd(7, v + 96, v_row * 2);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  _tile_stored(0, acc, acc_half * 4);
+  if constexpr (NT > 1) _tile_stored(1, acc + 16, acc_half * 4);
+  if constexpr (NT > 2) _tile_stored(2, acc + 32, acc_half * 4);
+  if constexpr (NT > 3) _tile_stored(3, acc + 48, acc_half * 4);
+  asm volatile("" ::: "memory");
+}
+
+// The same where each kind has registers of its own.
 template <int NT>
 MK_INLINE void multiply_values(const LeftPairs& p, const bf16* v, int64_t v_row, int64_t keys, float* acc,
-                               int64_t acc_row) {
-  constexpr int64_t p_row = sizeof p.even[0];
+                               int64_t acc_half) {
+  constexpr int64_t p_row = sizeof p.words[0];
+  float* odd = acc + acc_half;
+  const int64_t acc_row = 2 * acc_half * 4;
   asm volatile("" ::: "memory");
-  _tile_loadd(0, acc, acc_row * 4);
-  _tile_loadd(1, acc + 16, acc_row * 4);
-  if constexpr (NT == 2) _tile_loadd(2, acc + 32, acc_row * 4);
-  if constexpr (NT == 2) _tile_loadd(3, acc + 48, acc_row * 4);
+  _tile_loadd(0, acc, acc_row);
+  _tile_loadd(1, odd, acc_row);
+  if constexpr (NT == 2) _tile_loadd(2, acc + 16, acc_row);
+  if constexpr (NT == 2) _tile_loadd(3, odd + 16, acc_row);
   for (int64_t k = 0; k < keys; k += matrix_rows, v += matrix_rows * v_row) {
-    _tile_loadd(4, &p.even[0][k], p_row);
-    _tile_loadd(5, &p.odd[0][k], p_row);
+    _tile_loadd(4, &p.words[0][0][k], p_row);
+    _tile_loadd(5, &p.words[0][1][k], p_row);
     _tile_loadd(6, v, v_row * 2);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
@@ -141,10 +188,10 @@ MK_INLINE void multiply_values(const LeftPairs& p, const bf16* v, int64_t v_row,
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, acc, acc_row * 4);
-  _tile_stored(1, acc + 16, acc_row * 4);
-  if constexpr (NT == 2) _tile_stored(2, acc + 32, acc_row * 4);
-  if constexpr (NT == 2) _tile_stored(3, acc + 48, acc_row * 4);
+  _tile_stored(0, acc, acc_row);
+  _tile_stored(1, odd, acc_row);
+  if constexpr (NT == 2) _tile_stored(2, acc + 16, acc_row);
+  if constexpr (NT == 2) _tile_stored(3, odd + 16, acc_row);
   asm volatile("" ::: "memory");
 }
 
@@ -153,27 +200,51 @@ template <class D>
 MK_INLINE void matrix_values(const D& t, const bf16* v, int64_t v_row, int64_t keys, int64_t head, int64_t place) {
   LeftPairs p;
   for (int64_t row = 0; row < t.rows; row += matrix_rows) {
-    const int64_t first = head * t.all_rows + row;
+    const int64_t first = head * t.all_rows + row, half = t.n / 2;
     spread_probabilities(t, first, least(matrix_rows, t.rows - row), place, keys, p);
     float* acc = t.acc + first * t.n;
     int64_t d = 0;
-    for (; d + 64 <= t.n; d += 64) multiply_values<2>(p, v + d, v_row, keys, acc + d, t.n);
-    if (d < t.n) multiply_values<1>(p, v + d, v_row, keys, acc + d, t.n);
+    if (t.rows > paired_rows) {
+      for (; d + 64 <= t.n; d += 64) multiply_values<2>(p, v + d, v_row, keys, acc + d / 2, half);
+      if (d < t.n) multiply_values<1>(p, v + d, v_row, keys, acc + d / 2, half);
+      continue;
+    }
+    for (; d + 128 <= t.n; d += 128) multiply_paired<4>(p, v + d, v_row, keys, acc + d / 2, half);
+    if (d + 96 <= t.n)
+      multiply_paired<3>(p, v + d, v_row, keys, acc + d / 2, half);
+    else if (d + 64 <= t.n)
+      multiply_paired<2>(p, v + d, v_row, keys, acc + d / 2, half);
+    else if (d < t.n)
+      multiply_paired<1>(p, v + d, v_row, keys, acc + d / 2, half);
   }
+}
+
+// Rows of the registers that hold results.
+template <class D>
+MK_INLINE int64_t result_rows(const D& t) {
+  return t.rows > paired_rows ? least(t.rows, matrix_rows) : 2 * t.rows;
 }
 
 // Puts the columns of all rows back into their order.
 template <class D>
 void join_columns(const D& t) {
+  const int64_t half = t.n / 2;
+  float* even_columns = (float*)t.copy;
   for (int64_t head = 0; head < t.item.heads; head++)
-    for (float *at = t.acc + head * t.all_rows * t.n, *end = at + t.rows * t.n; at < end; at += 2 * lanes) {
-      vf even = load_words<vf>(at), odd = load_words<vf>(at + lanes);
-      const vf low = (vf)_mm512_unpacklo_ps((__m512)even, (__m512)odd);
-      const vf high = (vf)_mm512_unpackhi_ps((__m512)even, (__m512)odd);
-      // Of low and high the blocks of four lanes in turn.
-      store_words(at, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-      store_words(at + lanes,
-                  __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+    for (int64_t row = 0; row < t.rows; row++) {
+      float* at = t.acc + (head * t.all_rows + row) * t.n;
+      __builtin_memcpy(even_columns, at, half * sizeof(float));
+      // What is written has been read: the odd columns of the last two vectors are the last ones.
+      for (int64_t d = 0; d < half; d += lanes) {
+        const vf even = load_words<vf>(even_columns + d), odd = load_words<vf>(at + half + d);
+        const vf low = (vf)_mm512_unpacklo_ps((__m512)even, (__m512)odd);
+        const vf high = (vf)_mm512_unpackhi_ps((__m512)even, (__m512)odd);
+        // Of low and high the blocks of four lanes in turn.
+        store_words(at + 2 * d,
+                    __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+        store_words(at + 2 * d + lanes,
+                    __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+      }
     }
 }
 
