@@ -115,6 +115,35 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
   return {out, lse};
 }
 
+// The caches and the queries fit each other, and the ring holds all keys that these see, as Python's checks say in more
+// words. `longest`: of the packed chunks, negative where nobody has looked.
+void check_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lens, int64_t window,
+                  bool alone, const Maybe& cu, int64_t longest) {
+  on_cpu({&q, &k_cache, &v_cache, &lens});
+  STD_TORCH_CHECK(k_cache.dim() == 4 && same_shape(k_cache, v_cache) && k_cache.size(1) > 0,
+                  "the caches must be equal, [B, slots, Hkv, D], with at least one slot");
+  const int64_t batch = k_cache.size(0), slots = k_cache.size(1), heads = k_cache.size(2), dims = q.dim();
+  STD_TORCH_CHECK((dims == 3 || (dims == 4 && !cu)) && (cu || q.size(0) == batch) && q.size(-1) > 0 &&
+                      q.size(-1) == k_cache.size(3) && heads > 0 && q.size(-2) % heads == 0,
+                  "q must be [B, S, H, D] or [T, H, D], with the caches' D and a multiple of their heads");
+  STD_TORCH_CHECK(lens.scalar_type() == torch::headeronly::ScalarType::Int && lens.dim() == 1 && lens.size(0) == batch,
+                  "seq_lens must be int32, [", batch, "]");
+  if (cu) check_ends(*cu, batch, q.size(0));
+  if (!alone) return;
+  int64_t chunk = dims == 4 ? q.size(1) : 1;
+  if (cu) {
+    const std::vector<int64_t> starts = token_starts(cu, batch, q.size(0));
+    chunk = 0;
+    for (int64_t b = 0; b < batch; b++) chunk = std::max(chunk, starts[b + 1] - starts[b]);
+    STD_TORCH_CHECK(longest < 0 || longest >= chunk, "max_seqlen is ", longest, ", but a sequence has ", chunk);
+    if (longest >= 0) chunk = std::min(longest, q.size(0));
+  }
+  if (window && slots >= window + chunk - 1) return;
+  const int32_t* seen = static_cast<const int32_t*>(lens.const_data_ptr());
+  for (int64_t b = 0; b < batch; b++)
+    STD_TORCH_CHECK(seen[b * lens.stride(0)] <= slots, "the ring of ", slots, " slots is too small");
+}
+
 Tensor cached(const Tensor& q_in, const Ring& ring, const Tensor& k_cache, const Tensor& lens_in, int64_t window,
               double scale, const Maybe& k_new, const Maybe& v_new, const Maybe& cu) {
   const Tensor q = unit_stride(q_in), lens = unit_stride(lens_in);
@@ -149,7 +178,10 @@ Tensor cached(const Tensor& q_in, const Ring& ring, const Tensor& k_cache, const
 
 // Results never depend on the rest of the batch, whether that is asked for or not.
 Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lens,
-                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t, bool) {
+                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t longest, bool) {
+  const Dtype dtype = dtype_of(q);
+  check_cached(q, k_cache, v_cache, lens, window, !k_new, cu, longest);
+  STD_TORCH_CHECK(dtype_of(k_cache) == dtype && dtype_of(v_cache) == dtype, "the caches must be of q's dtype");
   const Tensor k = unit_stride(k_cache), v = unit_stride(v_cache);
   return cached(q, Ring(k, v, std::nullopt, std::nullopt), k, lens, window, scale, k_new, v_new, cu);
 }

@@ -75,6 +75,34 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const 
   return fresh;
 }
 
+void on_cpu(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) {
+    int32_t device;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t->get(), &device));
+    STD_TORCH_CHECK(device == aoti_torch_device_type_cpu(), "all tensors must be on a CPU");
+  }
+}
+
+void check_ends(const Tensor& ends, int64_t sequences, int64_t tokens) {
+  on_cpu({&ends});
+  STD_TORCH_CHECK(
+      ends.scalar_type() == torch::headeronly::ScalarType::Int && ends.dim() == 1 && ends.numel() == sequences + 1,
+      "cu_seqlens must be int32, [", sequences + 1, "]");
+  const int32_t* at = static_cast<const int32_t*>(ends.const_data_ptr());
+  const int64_t step = ends.stride(0);
+  bool rises = at[0] == 0 && at[sequences * step] == tokens;
+  for (int64_t b = 0; b < sequences; b++) rises &= at[b * step] <= at[(b + 1) * step];
+  STD_TORCH_CHECK(rises, "cu_seqlens must start at 0, never fall and end at the ", tokens, " tokens");
+}
+
+bool same_sizes(const Tensor& a, const Tensor& b, int64_t count) {
+  if (a.dim() < count || b.dim() < count) return false;
+  const auto x = a.sizes(), y = b.sizes();
+  for (int64_t d = 0; d < count; d++)
+    if (x[d] != y[d]) return false;
+  return true;
+}
+
 Tensor unit_stride(const Tensor& t) {
   const int64_t dims = t.dim();
   if (dims == 0 || (dims <= max_dims && (t.stride(dims - 1) == 1 || t.size(dims - 1) == 1))) return t;

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
+
 #include "cpu/isa.h"
 #include "torch/threads.h"
 
@@ -36,6 +38,18 @@ constexpr Dtype wide(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dt
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like = nullptr);
 
 constexpr int max_dims = 8;
+
+// Throws unless all are on a CPU: the dispatcher sees to that, but short calls go past it.
+void on_cpu(std::initializer_list<const Tensor*> tensors);
+
+// Throws unless these are where packed sequences start and the last one ends: int32, from 0 to `tokens`, never falling.
+void check_ends(const Tensor& ends, int64_t sequences, int64_t tokens);
+
+// Whether the first `count` sizes of both are equal.
+bool same_sizes(const Tensor& a, const Tensor& b, int64_t count);
+
+// Whether both have the same shape.
+inline bool same_shape(const Tensor& a, const Tensor& b) { return a.dim() == b.dim() && same_sizes(a, b, a.dim()); }
 
 // `t` itself where kernels can read it in place: its last dimension has stride 1, and it has at most max_dims.
 Tensor unit_stride(const Tensor& t);

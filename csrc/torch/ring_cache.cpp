@@ -33,13 +33,9 @@ std::vector<Target> targets_of(const Positions& positions, int64_t tokens, const
   std::vector<Target> targets(tokens);
   if (cu) {
     const Tensor ends = torch::stable::contiguous(*cu);
+    check_ends(ends, batch, tokens);
     const int32_t* at = static_cast<const int32_t*>(ends.const_data_ptr());
-    STD_TORCH_CHECK(ends.numel() == batch + 1, "cu_seqlens must be [", batch + 1, "]");
-    for (int64_t b = 0; b < batch; b++) {
-      STD_TORCH_CHECK(0 <= at[b] && at[b] <= at[b + 1] && at[b + 1] <= tokens, "cu_seqlens runs from ", at[b], " to ",
-                      at[b + 1], " among ", tokens, " tokens");
-      aim(targets, positions, b, at[b], at[b + 1], slots);
-    }
+    for (int64_t b = 0; b < batch; b++) aim(targets, positions, b, at[b], at[b + 1], slots);
     return targets;
   }
   const int64_t length = packed ? 1 : batch ? tokens / batch : 0;
@@ -101,7 +97,7 @@ struct Rings {
   Maybe k_scale, v_scale;  // of int8 caches
 };
 
-void check(const Tensor& k, const Tensor& v, const Rings& rings, int64_t tokens, const Tensor& positions) {
+void check(const Tensor& k, const Tensor& v, const Rings& rings, const Tensor& positions, const Maybe& cu) {
   const Tensor &k_cache = rings.k_cache, &v_cache = rings.v_cache;
   const Dtype dtype = dtype_of(k);
   if (rings.k_scale)
@@ -109,16 +105,19 @@ void check(const Tensor& k, const Tensor& v, const Rings& rings, int64_t tokens,
   else
     STD_TORCH_CHECK(dtype_of(k_cache) == dtype && dtype_of(v_cache) == dtype, "the caches must be of k's dtype");
   STD_TORCH_CHECK(dtype_of(v) == dtype, "k and v must be of one dtype");
-  STD_TORCH_CHECK(k.dim() == v.dim() && k.numel() == v.numel() && k.size(-2) == k_cache.size(2) &&
-                      k.size(-1) == k_cache.size(3) && v_cache.numel() == k_cache.numel(),
-                  "k, v and the caches must have the same heads");
-  STD_TORCH_CHECK(positions.numel() == tokens, "positions must hold one a token");
+  on_cpu({&k, &v, &k_cache, &v_cache});
+  STD_TORCH_CHECK(k_cache.dim() == 4 && same_shape(k_cache, v_cache) && k_cache.size(1) > 0,
+                  "the caches must be equal, [B, slots, Hkv, D], with at least one slot");
+  STD_TORCH_CHECK(same_shape(k, v) && k.dim() >= 3 && k.size(-2) == k_cache.size(2) && k.size(-1) == k_cache.size(3),
+                  "k and v must be equal, with the heads of the caches");
+  STD_TORCH_CHECK(cu ? k.dim() == 3 : k.size(0) == k_cache.size(0), "there must be ", k_cache.size(0), " sequences");
+  check_positions(positions, k);
 }
 
 void write(const Tensor& k_in, const Tensor& v_in, const Rings& rings, const Tensor& positions_in, const Maybe& cu) {
   const Tensor k = unit_stride(k_in), v = unit_stride(v_in), flat = torch::stable::contiguous(positions_in);
   const Rows<2> rows({&k, &v}, 2);
-  check(k, v, rings, rows.count(), flat);
+  check(k, v, rings, positions_in, cu);
   if (!rows.count() || !rings.k_cache.numel()) return;
   const auto targets = targets_of(Positions(flat), rows.count(), rings.k_cache, k.dim() == 3, cu);
   const Dtype dtype = dtype_of(k);
@@ -146,7 +145,7 @@ std::tuple<Tensor, Tensor> rotate_and_write(const Tensor& q_in, const Tensor& k_
   const Tensor flat = torch::stable::contiguous(positions_in);
   const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, false, true);
   const Rows<3> rows({&q, &k, &v}, 2);
-  check(k, v, rings, rows.count(), flat);
+  check(k, v, rings, positions_in, cu);
   const Positions positions(flat);
   for (int64_t i = 0; i < rows.count(); i++) rotation.check(std::max<int64_t>(positions[i], 0));
   const auto targets = targets_of(positions, rows.count(), rings.k_cache, k.dim() == 3, cu);

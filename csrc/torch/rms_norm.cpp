@@ -13,11 +13,12 @@ struct Outputs {
 
 // residual and total are null for the norm alone; total and y are as wide as x and as the weight.
 Outputs run(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, bool model, Tensor* total) {
+  on_cpu({&x, &weight});
   const Dtype dtype = dtype_of(x), product = dtype_of(weight);
-  const int64_t dims = x.dim(), n = x.size(dims - 1);
+  const int64_t dims = x.dim(), n = dims ? x.size(dims - 1) : 0;
   STD_TORCH_CHECK(product == dtype || (product == Dtype::f32 && dtype != Dtype::f64),
                   "weight must have x's dtype, or be float32 where x has 16 bits");
-  STD_TORCH_CHECK(weight.numel() == n && weight.dim() == 1, "weight must be [", n, "]");
+  STD_TORCH_CHECK(n && weight.numel() == n && weight.dim() == 1, "x must be [..., N] and weight [N]");
   Outputs out{empty(x.sizes(), product), empty({x.sizes().data(), static_cast<size_t>(dims - 1)}, wide(dtype))};
   if (!out.rstd.numel()) return out;
   const Rows<2> rows({&x, residual ? residual : &x}, 1);
@@ -46,7 +47,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_in, const Tensor& residual_in, const Tensor& weight,
                                                 double eps, bool model) {
   const Tensor x = unit_stride(x_in), residual = unit_stride(residual_in);
-  STD_TORCH_CHECK(dtype_of(residual) == dtype_of(x) && residual.dim() == x.dim() && residual.numel() == x.numel(),
+  on_cpu({&residual});
+  STD_TORCH_CHECK(dtype_of(residual) == dtype_of(x) && same_shape(x, residual),
                   "x and residual must be of one shape and dtype");
   Tensor total = empty(x.sizes(), dtype_of(x));
   const Outputs out = run(x, &residual, unit_stride(weight), eps, model, &total);

@@ -9,13 +9,18 @@ Rotation::Rotation(const Tensor& q, const Tensor& k, const Tensor& cos, const Te
                    bool k_is_read)
     : q_out(empty(q.sizes(), dtype_of(q))), k_out(empty(k.sizes(), dtype_of(q))) {
   const Dtype dtype = dtype_of(q);
+  const int64_t dims = q.dim();
+  on_cpu({&q, &k, &cos, &sin});
   STD_TORCH_CHECK(dtype_of(k) == dtype, "q and k must be of one dtype");
+  STD_TORCH_CHECK((dims == 3 || dims == 4) && k.dim() == dims && same_sizes(q, k, dims - 2) &&
+                      k.size(-1) == q.size(-1) && q.size(-1) % 2 == 0,
+                  "q and k must be [..., H, D] and [..., Hkv, D], with an even D");
   STD_TORCH_CHECK(dtype_of(cos) == wide(dtype) && dtype_of(sin) == wide(dtype),
                   "cos and sin must be float32, or float64 with a float64 q");
   size_ = size_of(dtype);
   dim_ = q.size(-1);
-  STD_TORCH_CHECK(cos.size(1) == dim_ / 2 && sin.size(1) == dim_ / 2 && sin.size(0) == cos.size(0),
-                  "cos and sin must be [P, ", dim_ / 2, "]");
+  STD_TORCH_CHECK(cos.dim() == 2 && cos.size(1) == dim_ / 2 && same_shape(cos, sin), "cos and sin must be [P, ",
+                  dim_ / 2, "]");
   kernel_ = pick(rope_tiers).rotate[static_cast<int>(dtype)][adjacent][inverse];
   q_heads_ = q.size(-2), k_heads_ = k.size(-2);
   q_stride_ = q.stride(-2), k_stride_ = k.stride(-2);
@@ -26,6 +31,12 @@ Rotation::Rotation(const Tensor& q, const Tensor& k, const Tensor& cos, const Te
   k_past_caches_ = q_past_caches_ && !k_is_read;
   table_rows_ = cos.size(0);
   cos_row_ = cos.stride(0) * size_of(wide(dtype)), sin_row_ = sin.stride(0) * size_of(wide(dtype));
+}
+
+void check_positions(const Tensor& positions, const Tensor& q) {
+  on_cpu({&positions});
+  STD_TORCH_CHECK(positions.dim() == q.dim() - 2 && same_sizes(positions, q, q.dim() - 2),
+                  "positions must hold one a token");
 }
 
 void Rotation::check(int64_t position) const {
@@ -63,14 +74,14 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_in, const Tensor& k_in, const Te
   const Tensor q = unit_stride(q_in), k = unit_stride(k_in);
   const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, inverse, false);
   const Rows<2> rows({&q, &k}, 2);
-  if (!rows.count()) return {rotation.q_out, rotation.k_out};
   if (positions) {
+    check_positions(*positions, q);
     const Tensor flat = torch::stable::contiguous(*positions);
     const Positions at(flat);
-    STD_TORCH_CHECK(flat.numel() == rows.count(), "positions must hold one a token");
     rotate_all(rotation, rows, [&](int64_t token) { return at[token]; });
   } else {
     const int64_t length = q.size(-3);
+    if (length) rotation.check(length - 1);
     rotate_all(rotation, rows, [&](int64_t token) { return token % length; });
   }
   return {rotation.q_out, rotation.k_out};

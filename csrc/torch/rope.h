@@ -11,7 +11,9 @@ namespace mk {
 // int32 or int64 values, read one by one.
 class Positions {
  public:
-  explicit Positions(const Tensor& t) : data_(data(t)), wide_(t.scalar_type() == torch::headeronly::ScalarType::Long) {}
+  explicit Positions(const Tensor& t) : data_(data(t)), wide_(t.scalar_type() == torch::headeronly::ScalarType::Long) {
+    STD_TORCH_CHECK(wide_ || t.scalar_type() == torch::headeronly::ScalarType::Int, "positions must be int32 or int64");
+  }
   int64_t operator[](int64_t i) const {
     return wide_ ? reinterpret_cast<const int64_t*>(data_)[i] : reinterpret_cast<const int32_t*>(data_)[i];
   }
@@ -20,6 +22,9 @@ class Positions {
   const char* data_;
   bool wide_;
 };
+
+// Throws unless positions hold one a token of q [..., heads, D].
+void check_positions(const Tensor& positions, const Tensor& q);
 
 // The rotation of q and k [..., heads, D] of one dtype into contiguous outputs, token by token.
 class Rotation {

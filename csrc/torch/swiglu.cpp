@@ -32,8 +32,8 @@ void run(Dtype dtype, const char* gate, const char* up, char* out, const Rows<2>
 
 Tensor swiglu(const Tensor& gate_in, const Tensor& up_in) {
   const Dtype dtype = dtype_of(gate_in);
-  STD_TORCH_CHECK(dtype_of(up_in) == dtype && up_in.numel() == gate_in.numel() && up_in.dim() == gate_in.dim(),
-                  "gate and up must be of one shape and dtype");
+  on_cpu({&gate_in, &up_in});
+  STD_TORCH_CHECK(dtype_of(up_in) == dtype && same_shape(gate_in, up_in), "gate and up must be of one shape and dtype");
   const Tensor gate = unit_stride(gate_in), up = unit_stride(up_in);
   Tensor out = empty(gate.sizes(), dtype);
   if (!out.numel()) return out;

@@ -296,6 +296,24 @@ class Op:
             return self._call(self._auto, args) if function is None else function.apply(*args)
         return self._cpu_kernel(*args)
 
+    def at_once(self, *args: Any) -> Any:
+        """What the C++ kernel makes of arguments that nobody has checked. None where it refuses them, to be checked
+        with better words, and where somebody would see the call or differentiate it."""
+        if torch.compiler.is_compiling() or self._cpu_kernel is None or _something_listens():
+            return None
+        for a in args:
+            if type(a) in _checks.PLAIN:
+                if a.is_neg():
+                    return None
+            elif isinstance(a, torch.Tensor):
+                return None
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return None
+        try:
+            return self._cpu_kernel(*args)
+        except Exception:
+            return None
+
     def _call(self, op: Any, args: tuple) -> Any:
         """Calls `op` past its registered autograd, which is Python: alone where nothing is differentiated, else as the
         function of the same formula. Tracing sees the registered one, torch.func's transforms one of their form."""

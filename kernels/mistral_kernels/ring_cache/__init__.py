@@ -235,9 +235,12 @@ def rope_write_kv(
             such a token's q and k become NaN, and NaN is written.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    plain = impl is None and k_scale is None and _checks.plain(q, k, v, k_cache, v_cache) and _checks.plain(cos, sin)
-    if not plain:
-        _check_float_caches(k_cache, v_cache, q=q, k=k, v=v, cos=cos, sin=sin)
+    interleaved = _checks.flag("interleaved", interleaved)
+    if impl is None and k_scale is None and v_scale is None:
+        done = _rope_write_kv.at_once(q, k, v, k_cache, v_cache, positions, cos, sin, cu_seqlens, interleaved)
+        if done is not None:
+            return done
+    _check_float_caches(k_cache, v_cache, q=q, k=k, v=v, cos=cos, sin=sin)
     codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
     shape, k_shape = q.shape, k.shape
     if shape[:-2] != k_shape[:-2] or shape[-1:] != k_shape[-1:]:
@@ -248,9 +251,6 @@ def rope_write_kv(
     check_tables(cos, sin, q.shape[-1])
     check_positions(positions, cos.shape[0], idle=True)
     table = _checks.accumulate_dtype(q.dtype)
-    interleaved = _checks.flag("interleaved", interleaved)
-    if plain and cos.dtype == table and _checks.plain_indices(positions, cu_seqlens):
-        return _rope_write_kv.plain(q, k, v, k_cache, v_cache, positions, cos, sin, cu_seqlens, interleaved)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
     rest = (positions, cos, sin, cu_seqlens, interleaved)
     if codes:
@@ -337,11 +337,15 @@ def attention_cached(
             the sequence: looked up on a CPU only, since on a GPU that would wait for the device).
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    alone = k_new is None and k_scale is None
-    plain = alone and impl is None and _checks.plain(q, k_cache, v_cache)
-    if not plain:
-        _check_float_caches(k_cache, v_cache, q=q, **_checks.given(k_new=k_new, v_new=v_new))
     width = check_window(window)
+    batch_invariant = _checks.flag("batch_invariant", batch_invariant)
+    if impl is None and k_new is None and v_new is None and k_scale is None and v_scale is None:
+        if isinstance(q, torch.Tensor) and q.dim() and (max_seqlen is None or (type(max_seqlen) is int and max_seqlen >= 0)):
+            rest = (None, None, cu_seqlens, -1 if max_seqlen is None else max_seqlen, batch_invariant)
+            done = _attention_cached.at_once(q, k_cache, v_cache, seq_lens, width, check_scale(scale, q.shape[-1]), *rest)
+            if done is not None:
+                return done
+    _check_float_caches(k_cache, v_cache, q=q, **_checks.given(k_new=k_new, v_new=v_new))
     batch, slots = k_cache.shape[0], k_cache.shape[1]
     _check_tokens(q, "q", batch, cu_seqlens)
     codes = int8.check_scales(k_scale, v_scale, k_cache, q.dtype)
@@ -361,10 +365,7 @@ def attention_cached(
     longest = _chunk(q, cu_seqlens, max_seqlen)
     check_history(seq_lens, slots, width, longest, k_new is not None)
     scale = check_scale(scale, q.shape[-1])
-    batch_invariant = _checks.flag("batch_invariant", batch_invariant)
     rest = (seq_lens, width, scale, k_new, v_new, cu_seqlens, longest, batch_invariant)
-    if plain and _checks.plain_indices(seq_lens, cu_seqlens):
-        return _attention_cached.plain(q, k_cache, v_cache, *rest)
     if codes:
         return _attention_cached_int8(impl, q, k_cache, v_cache, k_scale, v_scale, *rest)
     return _attention_cached(impl, q, k_cache, v_cache, *rest)
