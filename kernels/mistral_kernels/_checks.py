@@ -34,6 +34,15 @@ def plain(*tensors: torch.Tensor) -> bool:
     return dtype in FLOATS
 
 
+def alike(*tensors: Any) -> bool:
+    """Whether these are tensors of one dtype: others are converted first, and no kernel would take them."""
+    dtype = getattr(tensors[0], "dtype", None)
+    for t in tensors:  # noqa: SIM110 - all() takes longer than the comparisons
+        if not isinstance(t, torch.Tensor) or t.dtype != dtype:
+            return False
+    return True
+
+
 def plain_indices(*tensors: torch.Tensor | None) -> bool:
     """Beside tensors that are `plain`: whether these, positions or lengths, are of no class of their own either."""
     return all(t is None or type(t) in PLAIN for t in tensors)

@@ -299,7 +299,9 @@ class Op:
     def at_once(self, *args: Any) -> Any:
         """What the C++ kernel makes of arguments that nobody has checked. None where it refuses them, to be checked
         with better words, and where somebody would see the call or differentiate it."""
-        if torch.compiler.is_compiling() or self._cpu_kernel is None or _something_listens():
+        if torch.compiler.is_compiling() or self._cpu_kernel is None or not getattr(args[0], "is_cpu", False):
+            return None
+        if _something_listens():
             return None
         for a in args:
             if type(a) in _checks.PLAIN:

@@ -29,7 +29,7 @@ from ..attention import (
     hopper_first,
     longest_of,
 )
-from ..rope import POSITION_DTYPES, check_tables
+from ..rope import POSITION_DTYPES, check_tables, tables_fit
 from ..rope.reference import check_positions
 from . import int8, reference
 
@@ -236,7 +236,7 @@ def rope_write_kv(
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
     interleaved = _checks.flag("interleaved", interleaved)
-    if impl is None and k_scale is None and v_scale is None:
+    if impl is None and k_scale is None and v_scale is None and tables_fit(q, cos):
         done = _rope_write_kv.at_once(q, k, v, k_cache, v_cache, positions, cos, sin, cu_seqlens, interleaved)
         if done is not None:
             return done
@@ -287,6 +287,16 @@ def check_history(seq_lens: torch.Tensor, slots: int, window: int, chunk: int, w
             f"k_cache has {slots} slots, but a chunk of {chunk} with window {window or None} after {longest} tokens"
             f" needs {needed if window else longest}: attend over [ring | chunk] before writing, or take more slots"
         )
+
+
+def _at_once(q, k_cache, v_cache, seq_lens, width, scale, cu, max_seqlen, batch_invariant):
+    """`attention_cached` over the ring alone by a kernel that looks at its arguments itself, or None."""
+    if max_seqlen is not None and (type(max_seqlen) is not int or max_seqlen < 0):
+        return None
+    if not _checks.alike(q, k_cache, v_cache) or not q.dim():
+        return None
+    rest = (None, None, cu, -1 if max_seqlen is None else max_seqlen, batch_invariant)
+    return _attention_cached.at_once(q, k_cache, v_cache, seq_lens, width, check_scale(scale, q.shape[-1]), *rest)
 
 
 def attention_cached(
@@ -340,11 +350,9 @@ def attention_cached(
     width = check_window(window)
     batch_invariant = _checks.flag("batch_invariant", batch_invariant)
     if impl is None and k_new is None and v_new is None and k_scale is None and v_scale is None:
-        if isinstance(q, torch.Tensor) and q.dim() and (max_seqlen is None or (type(max_seqlen) is int and max_seqlen >= 0)):
-            rest = (None, None, cu_seqlens, -1 if max_seqlen is None else max_seqlen, batch_invariant)
-            done = _attention_cached.at_once(q, k_cache, v_cache, seq_lens, width, check_scale(scale, q.shape[-1]), *rest)
-            if done is not None:
-                return done
+        done = _at_once(q, k_cache, v_cache, seq_lens, width, scale, cu_seqlens, max_seqlen, batch_invariant)
+        if done is not None:
+            return done
     _check_float_caches(k_cache, v_cache, q=q, **_checks.given(k_new=k_new, v_new=v_new))
     batch, slots = k_cache.shape[0], k_cache.shape[1]
     _check_tokens(q, "q", batch, cu_seqlens)

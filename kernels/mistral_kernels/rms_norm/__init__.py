@@ -125,16 +125,17 @@ def rms_norm(
         ValueError: shapes, devices or `rounding` do not fit.
         NotImplementedError: `impl` cannot run here.
     """
-    plain = impl is None and _checks.plain(x, weight)
-    if not plain:
-        _checks.floating(x=x, weight=weight)
+    eps = _checks.number("eps", eps)
+    if impl is None and rounding in ROUNDINGS and _checks.alike(x, weight):
+        done = _rms_norm.at_once(x, weight, eps, rounding == "model")
+        if done is not None:
+            return done[0]
+    _checks.floating(x=x, weight=weight)
     _check(x, weight, rounding)
-    if plain:
-        return _rms_norm.plain(x, weight, _checks.number("eps", eps), rounding == "model")[0]
     weight = _weight_for(x, weight)
     if weight.dtype == torch.float64 != x.dtype:
         impl = "reference"
-    return _rms_norm(impl, x, weight, _checks.number("eps", eps), rounding == "model")[0]
+    return _rms_norm(impl, x, weight, eps, rounding == "model")[0]
 
 
 def add_rms_norm(
@@ -160,15 +161,16 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as `rms_norm`; also where residual has another shape than x.
     """
-    plain = impl is None and _checks.plain(x, residual, weight)
-    if not plain:
-        _checks.floating(x=x, residual=residual, weight=weight)
+    eps = _checks.number("eps", eps)
+    if impl is None and rounding in ROUNDINGS and _checks.alike(x, residual, weight):
+        done = _add_rms_norm.at_once(x, residual, weight, eps, rounding == "model")
+        if done is not None:
+            return done[:2]
+    _checks.floating(x=x, residual=residual, weight=weight)
     _checks.same_shape(x=x, residual=residual)
     _check(x, weight, rounding)
-    if plain:
-        return _add_rms_norm.plain(x, residual, weight, _checks.number("eps", eps), rounding == "model")[:2]
     x, residual = _checks.promote(x, residual)
     weight = _weight_for(x, weight)
     if weight.dtype == torch.float64 != x.dtype:
         impl = "reference"
-    return _add_rms_norm(impl, x, residual, weight, _checks.number("eps", eps), rounding == "model")[:2]
+    return _add_rms_norm(impl, x, residual, weight, eps, rounding == "model")[:2]

@@ -39,6 +39,11 @@ _rope = Op(
 )
 
 
+def tables_fit(q: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether the tables are as kernels read them; others are converted first."""
+    return _checks.alike(q) and _checks.alike(cos) and cos.dim() == 2 and cos.dtype == _checks.accumulate_dtype(q.dtype)
+
+
 def check_tables(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
     """cos and sin are `[P, D/2]` for this head_dim."""
     if head_dim % 2:
@@ -116,12 +121,14 @@ def rope(
             looked up before the launch, which would wait for the device: such a token's q and k become NaN.
         NotImplementedError: `impl` cannot run here.
     """
-    plain = impl is None and _checks.plain(q, k) and _checks.plain(cos, sin)
-    if not plain:
-        _checks.floating(q=q, k=k, cos=cos, sin=sin)
+    interleaved = _checks.flag("interleaved", interleaved)
+    if impl is None and tables_fit(q, cos):
+        done = _rope.at_once(q, k, cos, sin, positions, interleaved, False)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
+    _checks.floating(q=q, k=k, cos=cos, sin=sin)
     if positions is not None:
         _checks.integral(q.device, POSITION_DTYPES, positions=positions)
-        plain = plain and type(positions) in _checks.PLAIN
     _check(q, k, positions)
     if cos.dim() == 3:
         cos, sin, positions = _tables_of_tokens(q, cos, sin, positions)
@@ -130,10 +137,7 @@ def rope(
         raise ValueError(f"q has {q.shape[-3]} positions, but the cos/sin tables hold {cos.shape[0]}")
     if positions is not None and impl != "reference":
         reference.check_positions(positions, cos.shape[0])
-    interleaved = _checks.flag("interleaved", interleaved)
     table = _checks.accumulate_dtype(q.dtype)
-    if plain and cos.dtype == table:
-        return _rope.plain(q, k, cos, sin, positions, interleaved, False)
     q, k = _checks.promote(q, k)
     cos, sin = _checks.as_dtype(cos, table).contiguous(), _checks.as_dtype(sin, table).contiguous()
     return _rope(impl, q, k, cos, sin, positions, interleaved, False)

@@ -75,8 +75,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str | None = None) -> 
         ValueError: the shapes or devices differ.
         NotImplementedError: `impl` cannot run here.
     """
-    if impl is None and _checks.plain(gate, up) and gate.shape == up.shape:
-        return _swiglu.plain(gate, up)
+    if impl is None and _checks.alike(gate, up):
+        done = _swiglu.at_once(gate, up)
+        if done is not None:
+            return done
     _checks.floating(gate=gate, up=up)
     _checks.same_shape(gate=gate, up=up)
     return _swiglu(impl, *_checks.promote(gate, up))
