@@ -18,7 +18,7 @@ Outputs run(const Tensor& x, const Tensor* residual, const Tensor& weight, doubl
   const int64_t dims = x.dim(), n = dims ? x.size(dims - 1) : 0;
   STD_TORCH_CHECK(product == dtype || (product == Dtype::f32 && dtype != Dtype::f64),
                   "weight must have x's dtype, or be float32 where x has 16 bits");
-  STD_TORCH_CHECK(n && weight.numel() == n && weight.dim() == 1, "x must be [..., N] and weight [N]");
+  STD_TORCH_CHECK(dims && weight.numel() == n && weight.dim() == 1, "x must be [..., N] and weight [N]");
   Outputs out{empty(x.sizes(), product), empty({x.sizes().data(), static_cast<size_t>(dims - 1)}, wide(dtype))};
   if (!out.rstd.numel()) return out;
   const Rows<2> rows({&x, residual ? residual : &x}, 1);
