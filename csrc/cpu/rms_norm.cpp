@@ -127,6 +127,7 @@ MK_INLINE void some_rows(const RmsNormRows& a, int64_t first, T* kept) {
   using S = decltype(sum(vec_of<T>{}));
   constexpr Order order = sizeof(T) == sizeof(W) ? Order::apart : Order::memory;
   const bool fits = a.n * int64_t{sizeof(T)} <= fetched_row, keeps = kAdd && kStream && fits;
+  const int64_t last = a.rows + a.follow - 1;
   const auto row_at = [&](int64_t r) {
     return Row<T, kAdd>{static_cast<const T*>(a.x) + r * a.x_stride,
                         kAdd ? static_cast<const T*>(a.residual) + r * a.residual_stride : nullptr};
@@ -136,7 +137,7 @@ MK_INLINE void some_rows(const RmsNormRows& a, int64_t first, T* kept) {
   S rstd[kRows];
 #pragma GCC unroll 1
   for (int r = 0; r < kRows; r++) {
-    const int64_t at = first + r, after = at + kRows < a.rows ? at + kRows : a.rows - 1;
+    const int64_t at = first + r, after = at + kRows < last ? at + kRows : last;
     row[r] = row_at(at), next[r] = row_at(fits ? after : at);
     T* sums = kAdd ? static_cast<T*>(a.total) + at * a.n : nullptr;
     total[r] = {kStream ? kept : sums, nullptr};
@@ -165,7 +166,6 @@ void run_rows(const RmsNormRows& a) {
     if (a.n * int64_t{sizeof(T)} <= short_row)
       for (; r + 2 <= a.rows; r += 2) some_rows<T, W, kModel, kAdd, kStream, 2>(a, r, kept);
   for (; r < a.rows; r++) some_rows<T, W, kModel, kAdd, kStream, 1>(a, r, kept);
-  if constexpr (kStream) stream_fence();
 }
 
 template <class T, class W, bool kModel, bool kAdd>

@@ -5,13 +5,13 @@
 namespace mk {
 
 // Rows of n elements, x and residual `*_stride` elements apart; the outputs are contiguous. With a residual, `total`
-// takes its rounded sum with x, which is what is normalised. `past_caches` for outputs no cache will hold, each row of
-// which starts at a whole vector.
+// takes its rounded sum with x, which is what is normalised. `follow` rows are read after these, at the same distances.
+// `past_caches` for outputs no cache will hold, each row of which starts at a whole vector.
 struct RmsNormRows {
   const void *x, *residual, *weight;
   int64_t x_stride, residual_stride;
   void *y, *total, *rstd;
-  int64_t rows, n;
+  int64_t rows, n, follow;
   double eps;
   bool past_caches;
 };

@@ -231,7 +231,6 @@ void run(const RmsNormGradients& a) {
     }
     if (const int64_t done = a.at + r; done % block_rows == 0 || done == a.of) move_sums(whole, block, a.n);
   }
-  if (a.past_caches) stream_fence();
 }
 
 template <class T, class W>

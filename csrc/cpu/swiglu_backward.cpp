@@ -66,7 +66,6 @@ void run(const SwigluGradients& a) {
     one({(const T*)a.dy + r * a.dy_stride, (const T*)a.gate + r * a.gate_stride, (const T*)a.up + r * a.up_stride,
          a.dy_stride, a.gate_stride, a.up_stride},
         (T*)a.dgate + r * a.out_stride, (T*)a.dup + r * a.out_stride, a.n);
-  if (a.past_caches) stream_fence();
 }
 
 }  // namespace

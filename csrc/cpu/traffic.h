@@ -26,7 +26,7 @@ MK_FETCHES void fetch_later(const T* row, int64_t i, int64_t bytes, int64_t n, i
   fetch(row + i + ahead + (i + ahead < n ? 0 : stride - n), bytes);
 }
 
-// With kStream past the caches, to a multiple of the vector's size, and stream_fence ends it.
+// With kStream past the caches, to a multiple of the vector's size.
 template <class T, bool kStream>
 MK_INLINE void put(T* to, vec_of<T> v) {
   if constexpr (kStream)

@@ -8,7 +8,8 @@
 //                  decode(raw) and encode(vec), rounding to nearest even
 //   load_words, store_words  any vector as it lies in memory
 //   load, store    a full vector, unaligned;  load_n, store_n  the first n lanes (the others load as 0)
-//   stream         store past the caches, to an address that is a multiple of the vector's size; end with stream_fence
+//   stream         store past the caches, to an address that is a multiple of the vector's size; who calls the kernel
+//                  ends such stores with a fence
 //   round_to<T>    to T's precision and back
 //   exp            to 1 ulp or so over the whole range
 //   sigmoid_divisor  1 + e^-x to 8e-6, for what is rounded to 16 bits
@@ -228,12 +229,6 @@ MK_INLINE void stream(T* p, vec_of<T> v) {
   }
 #else
   __builtin_memcpy(p, &r, sizeof r);
-#endif
-}
-
-MK_INLINE void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
 #endif
 }
 

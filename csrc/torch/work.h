@@ -1,4 +1,4 @@
-// Scratch memory, and work of unequal shares on all threads.
+// Scratch memory, work of unequal shares on all threads, and work of equal ones by threads of unequal speed.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "torch/binding.h"
+#include "torch/traffic.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -80,6 +81,45 @@ void share_out_parts(const std::vector<int64_t>& starts, double work, const F& f
     take(0, 1);
   else
     fork_join(parts, 1, take);
+}
+
+// What is left of one thread's share, a cache line of its own.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+
+  // The next piece is [*begin, *end), a quarter of what is left but at least `grain`; false where nothing is.
+  bool take(int64_t grain, int64_t* begin, int64_t* stop) {
+    *begin = next.load(std::memory_order_relaxed);
+    do {
+      if (*begin >= end) return false;
+      *stop = std::min(end, *begin + std::max(grain, (end - *begin) / 4));
+    } while (!next.compare_exchange_weak(*begin, *stop, std::memory_order_relaxed));
+    return true;
+  }
+};
+
+// f(begin, end) for pieces of [0, count), each of at least `grain` but the last of a share. Cores get unequal parts of
+// what memory gives, by a tenth and more: each thread works through a share of its own, which its cache may know from
+// the op before, and then helps with what the others have left. Stores of f past the caches end here.
+template <class F>
+void in_pieces(int64_t count, int64_t grain, const F& f) {
+  const int64_t tasks = std::min(threads(), (count + grain - 1) / grain);
+  if (tasks <= 1) {
+    in_parallel(count, count, [&](int64_t begin, int64_t end) {
+      f(begin, end);
+      stream_fence();
+    });
+    return;
+  }
+  std::vector<Share> shares(tasks);
+  for (int64_t i = 0; i < tasks; i++) shares[i].next = i * count / tasks, shares[i].end = (i + 1) * count / tasks;
+  fork_join(tasks, 1, [&](int64_t first, int64_t) {
+    int64_t begin, end;
+    for (int64_t i = 0; i < tasks; i++)
+      while (shares[(first + i) % tasks].take(grain, &begin, &end)) f(begin, end);
+    stream_fence();
+  });
 }
 
 }  // namespace mk

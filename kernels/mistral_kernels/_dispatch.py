@@ -253,7 +253,9 @@ class Op:
 
     def like_forward(self, impl: str | None, *args: Any) -> Any:
         """This op, a backward, in the implementation that its forward ran in; where that cannot, the automatic one."""
-        return self(impl if impl is not None and self._reason(impl, args) is None else None, *args)
+        if impl is None or self._reason(impl, args) is not None:
+            return self._call(self._auto, args)
+        return self(impl, *args)
 
     def _cpu_reason(self, args: tuple) -> str | None:
         if not self._composite:
@@ -342,7 +344,7 @@ class Op:
             if tensors[0].is_cuda and _as_they_are(tensors):
                 with torch._C._AutoDispatchBelowAutograd():
                     return self._run_on_gpu(*args)
-            if self._cpu_kernel is not None and _checks.plain(*tensors):
+            if self._cpu_kernel is not None and _dense_on_cpu(tensors):
                 return self._cpu_kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -352,6 +354,15 @@ def _as_they_are(tensors: list[torch.Tensor]) -> bool:
     """Whether a kernel may take these past the dispatcher: none is of another class, and none holds its values negated,
     as a view by `imag` may."""
     return all(type(t) in _checks.PLAIN and not t.is_neg() for t in tensors)
+
+
+def _dense_on_cpu(tensors: list[torch.Tensor]) -> bool:
+    """Whether the dispatcher would hand these to the CPU kernel as they are; of whatever dtypes, since rstd, lse and
+    tables are wider than the rest."""
+    for t in tensors:
+        if type(t) not in _checks.PLAIN or not t.is_cpu or t.layout != torch.strided or t.is_neg():
+            return False
+    return True
 
 
 def _something_listens() -> bool:

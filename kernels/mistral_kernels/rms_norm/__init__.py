@@ -46,9 +46,12 @@ def _save_norm(ctx, inputs, output):
     x, weight, _, ctx.model_rounding = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # rstd's would be zeros, made anew each time
 
 
 def _norm_gradients(ctx, dy, _drstd):
+    if dy is None:
+        return None, None, None, None
     x, weight, rstd = ctx.saved_tensors
     dx, dweight = _backward.like_forward(ctx.impl, dy, x, weight, rstd, ctx.model_rounding)
     return dx, dweight, None, None
