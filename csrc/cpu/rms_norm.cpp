@@ -59,7 +59,7 @@ MK_INLINE double sum_of_squares(Row<T, kAdd> row, Row<T, kAdd> next, T* total, T
   while (i + 4 * w <= n) {
     const int64_t end = n - i < 256 * w ? n : i + 256 * w;
     for (; i + 4 * w <= end; i += 4 * w) {
-      if (fetches_at<T>(i)) next.fetch_at(i / 2, line_of<T>);
+      fetch_in_first<T>(&next, 1, i);
       add_two(i, part[0], part[1]);
       add_two(i + 2 * w, part[2], part[3]);
     }
@@ -97,8 +97,7 @@ MK_INLINE void scale(const Source (&row)[kRows], const Next (&next)[kRows], cons
   };
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w) {
-    if (fetches_at<T>(i))
-      for (const Next& r : next) r.fetch_at((n + i) / 2, line_of<T>);
+    fetch_in_second<T>(next, kRows, i, n);
     const two_of<T> by = load_two<order>(weight + i), more = load_two<order>(weight + i + 2 * w);
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; r++) {
@@ -119,15 +118,14 @@ MK_INLINE void scale(const Source (&row)[kRows], const Next (&next)[kRows], cons
   }
 }
 
-// While some rows are in work those after them are fetched, the front half of each by the first pass and the rest by
-// the second: the processor's own prefetch ends with a row, and the second pass, which finds the row in a cache, would
-// leave memory idle. A sum that is stored past the caches is also kept in one.
+// While some rows are in work those after them are fetched: the processor's own prefetch ends with a row, and the second
+// pass, which finds the row in a cache, would leave memory idle. A sum that is stored past the caches is also kept in one.
 template <class T, class W, bool kModel, bool kAdd, bool kStream, int kRows>
 MK_INLINE void some_rows(const RmsNormRows& a, int64_t first, T* kept) {
   using S = decltype(sum(vec_of<T>{}));
   constexpr Order order = sizeof(T) == sizeof(W) ? Order::apart : Order::memory;
   const bool fits = a.n * int64_t{sizeof(T)} <= fetched_row, keeps = kAdd && kStream && fits;
-  const int64_t last = a.rows + a.follow - 1;
+  const int64_t last = a.rows + a.follow - 1, ahead = rows_ahead(a.n * int64_t{sizeof(T)}, kRows);
   const auto row_at = [&](int64_t r) {
     return Row<T, kAdd>{static_cast<const T*>(a.x) + r * a.x_stride,
                         kAdd ? static_cast<const T*>(a.residual) + r * a.residual_stride : nullptr};
@@ -137,7 +135,7 @@ MK_INLINE void some_rows(const RmsNormRows& a, int64_t first, T* kept) {
   S rstd[kRows];
 #pragma GCC unroll 1
   for (int r = 0; r < kRows; r++) {
-    const int64_t at = first + r, after = at + kRows < last ? at + kRows : last;
+    const int64_t at = first + r, after = at + ahead < last ? at + ahead : last;
     row[r] = row_at(at), next[r] = row_at(fits ? after : at);
     T* sums = kAdd ? static_cast<T*>(a.total) + at * a.n : nullptr;
     total[r] = {kStream ? kept : sums, nullptr};

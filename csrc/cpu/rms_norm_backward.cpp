@@ -55,8 +55,7 @@ __attribute__((noinline)) void dots(const Row<T, W>* row, const Row<T, W>* next,
   while (i + 4 * w <= n) {
     const int64_t end = n - i < 256 * w ? n : i + 256 * w;
     for (; i + 4 * w <= end; i += 4 * w) {
-      if (fetches_at<T>(i))
-        for (int r = 0; r < kRows; r++) next[r].fetch_at(i / 2, line_of<T>);
+      fetch_in_first<T>(next, kRows, i);
 #pragma GCC unroll 2
       for (int j = 0; j < 4; j += 2) {
         const two_of<T> by = load_two<o>(weight + i + j * w);
@@ -161,8 +160,7 @@ struct Gradients {
   void all_columns() const {
     int64_t i = 0;
     for (; i + 4 * w <= n; i += 4 * w) {
-      if (fetches_at<T>(i))
-        for (const Row<T, W>& r : next) r.fetch_at((n + i) / 2, line_of<T>);
+      fetch_in_second<T>(next, kRows, i, n);
       more_columns<kStream>(i);
       if constexpr (line_of<T> == 2 * w) more_columns<kStream>(i + 2 * w);
     }
@@ -171,13 +169,12 @@ struct Gradients {
   }
 };
 
-// While some rows are in work those after them are fetched, the front half of each by the first pass and the rest by
-// the second: the processor's own prefetch ends with a row, and the second pass, which finds its rows in a cache, would
-// leave memory idle.
+// While some rows are in work those after them are fetched: the processor's own prefetch ends with a row, and the second
+// pass, which finds its rows in a cache, would leave memory idle.
 template <class T, class W, bool kModel, bool kTotal, int kRows, class S>
 void add_rows(const RmsNormGradients& a, int64_t first, S* dweight) {
   const bool fetches = a.n * int64_t{sizeof(T)} <= fetched_row;
-  const int64_t last = a.rows + a.follow - 1;
+  const int64_t last = a.rows + a.follow - 1, ahead = rows_ahead(a.n * int64_t{sizeof(T)}, kRows);
   const auto row_at = [&](int64_t r) {
     return Row<T, W>{static_cast<const T*>(a.x) + r * a.x_stride, static_cast<const W*>(a.dy) + r * a.dy_stride,
                      kTotal ? static_cast<const T*>(a.dtotal) + r * a.dtotal_stride : nullptr};
@@ -185,7 +182,7 @@ void add_rows(const RmsNormGradients& a, int64_t first, S* dweight) {
   Gradients<T, W, kModel, kTotal, kRows> g;
   g.weight = static_cast<const W*>(a.weight), g.dweight = dweight, g.n = a.n;
   for (int r = 0; r < kRows; r++) {
-    const int64_t at = first + r, next = !fetches ? at : at + kRows < last ? at + kRows : last;
+    const int64_t at = first + r, next = !fetches ? at : at + ahead < last ? at + ahead : last;
     g.row[r] = row_at(at), g.next[r] = row_at(next);
     g.rstd[r] = with_short_nan(static_cast<const S*>(a.rstd)[at]);
     g.dx[r] = static_cast<T*>(a.dx) + at * a.n;

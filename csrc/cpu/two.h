@@ -51,10 +51,24 @@ constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<bf16> = true;
 
-// Whether work on four vectors, the first at i, is to fetch as much as two of them, at least a line.
-template <class T>
-MK_INLINE bool fetches_at(int64_t i) {
-  return line_of<T> == 2 * Format<T>::width || i % (2 * line_of<T>) == 0;
+// How many rows lie between those in work, `some` at once, and those that are fetched meanwhile: these come next or,
+// where rows are so short that memory would not answer in time, begin 8 KB on.
+MK_INLINE int64_t rows_ahead(int64_t row_bytes, int64_t some) {
+  constexpr int64_t far = 8 << 10;
+  return row_bytes * some < far ? far / (row_bytes * some) * some : some;
+}
+
+// The rows that are read later, fetched by two passes over those in work, four vectors at a time: a quarter by the first,
+// which has little to compute and would wait for memory, and the rest by the second.
+template <class T, class Row>
+MK_FETCHES void fetch_in_first(const Row* next, int rows, int64_t i) {
+  if (i % (4 * line_of<T>) == 0)
+    for (int r = 0; r < rows; r++) next[r].fetch_at(i / 4, line_of<T>);
+}
+template <class T, class Row>
+MK_FETCHES void fetch_in_second(const Row* next, int rows, int64_t i, int64_t n) {
+  if (line_of<T> == 2 * Format<T>::width || i % (2 * line_of<T>) == 0)
+    for (int r = 0; r < rows; r++) next[r].fetch_at((n + 3 * i) / 4, 2 * line_of<T>);
 }
 
 #if defined(__AVX512BW__)
