@@ -68,10 +68,8 @@ MK_INLINE void half_split(const T* x, T* out, int64_t half, const S* cos, const 
     constexpr Order o = Order::memory;
     two_of<T> a = load_two<o>(x + j), b = load_two<o>(x + half + j);
     const Two c = load_two<o>(cos + j), s = load_two<o>(sin + j);
-    if constexpr (kStream) {
-      fetch(x + j + ahead<T>, 2 * w * sizeof(T));
-      fetch(x + half + j + ahead<T>, 2 * w * sizeof(T));
-    }
+    fetch(x + j + ahead<T>, 2 * w * sizeof(T));
+    fetch(x + half + j + ahead<T>, 2 * w * sizeof(T));
     turn<kInverse>(a.a, b.a, c.a, s.a);
     turn<kInverse>(a.b, b.b, c.b, s.b);
     put_two<o, Nans::any, kStream>(out + j, a);
@@ -106,7 +104,7 @@ MK_INLINE void adjacent(const T* x, T* out, int64_t half, const S* cos, const S*
   for (; j + w <= half; j += w) {
     constexpr Order o = is_bf16<T> ? Order::apart : Order::memory;
     two_of<T> v = load_two<o>(x + 2 * j);
-    if constexpr (kStream) fetch(x + 2 * j + ahead<T>, 2 * w * sizeof(T));
+    fetch(x + 2 * j + ahead<T>, 2 * w * sizeof(T));
     if constexpr (o == Order::apart)
       turn<kInverse>(v.a, v.b, load(cos + j), load(sin + j));
     else

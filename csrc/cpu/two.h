@@ -54,8 +54,8 @@ constexpr bool is_bf16<bf16> = true;
 // How many rows lie between those in work, `some` at once, and those that are fetched meanwhile: these come next or,
 // where rows are so short that memory would not answer in time, begin 8 KB on.
 MK_INLINE int64_t rows_ahead(int64_t row_bytes, int64_t some) {
-  constexpr int64_t far = 8 << 10;
-  return row_bytes * some < far ? far / (row_bytes * some) * some : some;
+  const int64_t far = 8 << 10, bytes = row_bytes * some;
+  return bytes && bytes < far ? far / bytes * some : some;
 }
 
 // The rows that are read later, fetched by two passes over those in work, four vectors at a time: a quarter by the first,
