@@ -17,7 +17,7 @@ void run(Dtype dtype, const char* gate, const char* up, char* out, const Rows<2>
     // Shares are multiples of a cache line.
     in_pieces((total + 63) / 64, grain_elements / 64, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * 64, count = (end * 64 < total ? end * 64 : total) - first;
-      kernel(gate + first * size, 0, up + first * size, 0, out + first * size, 1, count, past);
+      kernel(gate + first * size, count, up + first * size, count, out + first * size, 1, count, past);
     });
     return;
   }

@@ -22,7 +22,7 @@ void run(Dtype dtype, const Places& p, int64_t out_stride, const Rows<3>& rows, 
     // Shares are multiples of a cache line.
     in_pieces((total + 63) / 64, grain_elements / 64, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * 64, count = (end * 64 < total ? end * 64 : total) - first, at = first * size;
-      kernel({p.dy + at, p.gate + at, p.up + at, p.dgate + at, p.dup + at, 0, 0, 0, 0, 1, count, past});
+      kernel({p.dy + at, p.gate + at, p.up + at, p.dgate + at, p.dup + at, count, count, count, 0, 1, count, past});
     });
     return;
   }
