@@ -118,8 +118,9 @@ MK_INLINE void scale(const Source (&row)[kRows], const Next (&next)[kRows], cons
   }
 }
 
-// While some rows are in work those after them are fetched: the processor's own prefetch ends with a row, and the second
-// pass, which finds the row in a cache, would leave memory idle. A sum that is stored past the caches is also kept in one.
+// While some rows are in work those after them are fetched: the processor's own prefetch ends with a row, and the
+// second pass, which finds the row in a cache, would leave memory idle. A sum that is stored past the caches is also
+// kept in one.
 template <class T, class W, bool kModel, bool kAdd, bool kStream, int kRows>
 MK_INLINE void some_rows(const RmsNormRows& a, int64_t first, T* kept) {
   using S = decltype(sum(vec_of<T>{}));

@@ -169,8 +169,8 @@ struct Gradients {
   }
 };
 
-// While some rows are in work those after them are fetched: the processor's own prefetch ends with a row, and the second
-// pass, which finds its rows in a cache, would leave memory idle.
+// While some rows are in work those after them are fetched: the processor's own prefetch ends with a row, and the
+// second pass, which finds its rows in a cache, would leave memory idle.
 template <class T, class W, bool kModel, bool kTotal, int kRows, class S>
 void add_rows(const RmsNormGradients& a, int64_t first, S* dweight) {
   const bool fetches = a.n * int64_t{sizeof(T)} <= fetched_row;

@@ -58,8 +58,8 @@ MK_INLINE int64_t rows_ahead(int64_t row_bytes, int64_t some) {
   return bytes && bytes < far ? far / bytes * some : some;
 }
 
-// The rows that are read later, fetched by two passes over those in work, four vectors at a time: a quarter by the first,
-// which has little to compute and would wait for memory, and the rest by the second.
+// The rows that are read later, fetched by two passes over those in work, four vectors at a time: a quarter by the
+// first, which has little to compute and would wait for memory, and the rest by the second.
 template <class T, class Row>
 MK_FETCHES void fetch_in_first(const Row* next, int rows, int64_t i) {
   if (i % (4 * line_of<T>) == 0)

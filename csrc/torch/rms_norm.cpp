@@ -28,11 +28,11 @@ Outputs run(const Tensor& x, const Tensor* residual, const Tensor& weight, doubl
   const char *from = data(x), *add = residual ? data(*residual) : nullptr, *by = data(weight);
   char *y = mutable_data(out.y), *rstd = mutable_data(out.rstd), *sum = total ? mutable_data(*total) : nullptr;
   const bool past = past_caches(rows.count() * n * y_size, y, sum, n * size, n * y_size);
-  in_pieces(rows.count(), grain_rows(n), [&](int64_t begin, int64_t end) {
+  in_pieces(rows.count(), grain_rows(n), [&](int64_t begin, int64_t end, int64_t after) {
     rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
       kernel({from + at[0] * size, add ? add + at[1] * size : nullptr, by, rows.stride(0), rows.stride(1),
               y + first * n * y_size, sum ? sum + first * n * size : nullptr, rstd + first * rstd_size, count, n,
-              rows.count() - first - count, eps, past});
+              end + after - first - count, eps, past});
     });
   });
   return out;

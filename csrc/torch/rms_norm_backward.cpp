@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& dy, const Tensor* dtotal, const Ten
   const char* rstd_data = data(rstd);
   char *dx_data = mutable_data(dx), *sum_data = mutable_data(partials);
   const bool past = past_caches(count * n * size, dx_data, n * size);
-  in_pieces(parts, std::max<int64_t>(1, grain_rows(n) / part), [&](int64_t begin, int64_t end) {
+  in_pieces(parts, std::max<int64_t>(1, grain_rows(n) / part), [&](int64_t begin, int64_t end, int64_t after) {
     std::vector<char> block(n * sum_size);
     for (int64_t p = begin; p < end; p++) {
       const int64_t start = p * part, stop = std::min(count, start + part);
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& dy, const Tensor* dtotal, const Ten
         kernel({dy_data + at[1] * size_of(product), dt_data ? dt_data + at[2] * size : nullptr, x_data + at[0] * size,
                 by, rstd_data + first * sum_size, rows.stride(1), rows.stride(2), rows.stride(0),
                 dx_data + first * n * size, sum_data + p * n * sum_size, block.data(), some, n, first - start,
-                stop - start, count - first - some, past});
+                stop - start, std::min(count, (end + after) * part) - first - some, past});
       });
     }
   });

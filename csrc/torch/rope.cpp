@@ -62,7 +62,7 @@ namespace {
 template <class Position>
 void rotate_all(const Rotation& rotation, const Rows<2>& rows, const Position& position) {
   for (int64_t token = 0; token < rows.count(); token++) rotation.check(position(token));
-  in_pieces(rows.count(), rotation.grain(), [&](int64_t begin, int64_t end) {
+  in_pieces(rows.count(), rotation.grain(), [&](int64_t begin, int64_t end, int64_t) {
     rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
       for (int64_t i = 0; i < count; i++)
         rotation.rotate(first + i, position(first + i), at[0] + i * rows.stride(0), at[1] + i * rows.stride(1));

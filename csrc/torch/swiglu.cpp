@@ -15,13 +15,13 @@ void run(Dtype dtype, const char* gate, const char* up, char* out, const Rows<2>
   const bool past = past_caches(total * size, out, rows.count() > 1 ? n * size : 0);
   if (rows.count() == 1) {
     // Shares are multiples of a cache line.
-    in_pieces((total + 63) / 64, grain_elements / 64, [&](int64_t begin, int64_t end) {
+    in_pieces((total + 63) / 64, grain_elements / 64, [&](int64_t begin, int64_t end, int64_t) {
       const int64_t first = begin * 64, count = (end * 64 < total ? end * 64 : total) - first;
       kernel(gate + first * size, count, up + first * size, count, out + first * size, 1, count, past);
     });
     return;
   }
-  in_pieces(rows.count(), grain_rows(n), [&](int64_t begin, int64_t end) {
+  in_pieces(rows.count(), grain_rows(n), [&](int64_t begin, int64_t end, int64_t) {
     rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
       kernel(gate + at[0] * size, rows.stride(0), up + at[1] * size, rows.stride(1), out + first * n * size, count, n,
              past);

@@ -20,13 +20,13 @@ void run(Dtype dtype, const Places& p, int64_t out_stride, const Rows<3>& rows, 
   const bool past = past_caches(total * size, p.dgate, p.dup, rows.count() > 1 ? out_stride * size : 0);
   if (rows.count() == 1) {
     // Shares are multiples of a cache line.
-    in_pieces((total + 63) / 64, grain_elements / 64, [&](int64_t begin, int64_t end) {
+    in_pieces((total + 63) / 64, grain_elements / 64, [&](int64_t begin, int64_t end, int64_t) {
       const int64_t first = begin * 64, count = (end * 64 < total ? end * 64 : total) - first, at = first * size;
       kernel({p.dy + at, p.gate + at, p.up + at, p.dgate + at, p.dup + at, count, count, count, 0, 1, count, past});
     });
     return;
   }
-  in_pieces(rows.count(), grain_rows(n), [&](int64_t begin, int64_t end) {
+  in_pieces(rows.count(), grain_rows(n), [&](int64_t begin, int64_t end, int64_t) {
     rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
       const int64_t to = first * out_stride * size;
       kernel({p.dy + at[0] * size, p.gate + at[1] * size, p.up + at[2] * size, p.dgate + to, p.dup + to, rows.stride(0),

@@ -88,7 +88,7 @@ struct alignas(64) Share {
   std::atomic<int64_t> next;
   int64_t end;
 
-  // The next piece is [*begin, *end), a quarter of what is left but at least `grain`; false where nothing is.
+  // The next piece is [*begin, *stop), a quarter of what is left but at least `grain`; false where nothing is.
   bool take(int64_t grain, int64_t* begin, int64_t* stop) {
     *begin = next.load(std::memory_order_relaxed);
     do {
@@ -99,15 +99,16 @@ struct alignas(64) Share {
   }
 };
 
-// f(begin, end) for pieces of [0, count), each of at least `grain` but the last of a share. Cores get unequal parts of
-// what memory gives, by a tenth and more: each thread works through a share of its own, which its cache may know from
-// the op before, and then helps with what the others have left. Stores of f past the caches end here.
+// f(begin, end, after) for pieces of [0, count), each of at least `grain` but the last of a share, of which `after`
+// more come next. Cores get unequal parts of what memory gives, by a tenth and more: each thread works through a share
+// of its own, which its cache may know from the op before, and then helps with what the others have left. Stores of f
+// past the caches end here.
 template <class F>
 void in_pieces(int64_t count, int64_t grain, const F& f) {
   const int64_t tasks = std::min(threads(), (count + grain - 1) / grain);
   if (tasks <= 1) {
     in_parallel(count, count, [&](int64_t begin, int64_t end) {
-      f(begin, end);
+      f(begin, end, count - end);
       stream_fence();
     });
     return;
@@ -117,7 +118,7 @@ void in_pieces(int64_t count, int64_t grain, const F& f) {
   fork_join(tasks, 1, [&](int64_t first, int64_t) {
     int64_t begin, end;
     for (int64_t i = 0; i < tasks; i++)
-      while (shares[(first + i) % tasks].take(grain, &begin, &end)) f(begin, end);
+      for (Share& share = shares[(first + i) % tasks]; share.take(grain, &begin, &end);) f(begin, end, share.end - end);
     stream_fence();
   });
 }
