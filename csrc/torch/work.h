@@ -106,9 +106,9 @@ struct alignas(64) Share {
 template <class F>
 void in_pieces(int64_t count, int64_t grain, const F& f) {
   const int64_t tasks = std::min(threads(), (count + grain - 1) / grain);
-  if (tasks <= 1) {
-    in_parallel(count, count, [&](int64_t begin, int64_t end) {
-      f(begin, end, count - end);
+  if (tasks <= 1 || count < 2 * tasks * grain) {  // over before one could help
+    in_parallel(count, grain, [&](int64_t begin, int64_t end) {
+      f(begin, end, 0);
       stream_fence();
     });
     return;
