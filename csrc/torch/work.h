@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -59,30 +58,6 @@ void share_out(int64_t count, double work, const F& f) {
     fork_join(tasks, 1, take);
 }
 
-// The same for f(i) in parts, [starts[p], starts[p + 1]) each, of which there are as many as threads at most: in a part
-// neighbours share what a thread keeps. A thread that is done with its own part goes on with those of the others.
-template <class F>
-void share_out_parts(const std::vector<int64_t>& starts, double work, const F& f) {
-  const int64_t parts = static_cast<int64_t>(starts.size()) - 1;
-  struct alignas(64) Next {
-    std::atomic<int64_t> at;
-  };
-  const std::unique_ptr<Next[]> next(new Next[parts]);
-  for (int64_t p = 0; p < parts; p++) next[p].at = starts[p];
-  std::atomic<int64_t> arrived{0};
-  const auto take = [&](int64_t, int64_t) {
-    const int64_t own = arrived.fetch_add(1, std::memory_order_relaxed);
-    for (int64_t n = 0; n < parts; n++) {
-      const int64_t p = (own + n) % parts;
-      for (int64_t i; (i = next[p].at.fetch_add(1, std::memory_order_relaxed)) < starts[p + 1];) f(i);
-    }
-  };
-  if (parts <= 1 || stays(work < serial_work))
-    take(0, 1);
-  else
-    fork_join(parts, 1, take);
-}
-
 // What is left of one thread's share, a cache line of its own.
 struct alignas(64) Share {
   std::atomic<int64_t> next;
@@ -99,10 +74,39 @@ struct alignas(64) Share {
   }
 };
 
+// [starts[p], starts[p + 1]) for each p.
+inline std::vector<Share> shares_of(const std::vector<int64_t>& starts) {
+  std::vector<Share> shares(starts.size() - 1);
+  for (size_t p = 0; p < shares.size(); p++) shares[p].next = starts[p], shares[p].end = starts[p + 1];
+  return shares;
+}
+
+// f(share) on a thread for each: of its own share, and then, to help, of the others'.
+template <class F>
+void with_help(std::vector<Share>& shares, const F& f) {
+  const int64_t count = static_cast<int64_t>(shares.size());
+  fork_join(count, 1, [&](int64_t first, int64_t) {
+    for (int64_t i = 0; i < count; i++) f(shares[(first + i) % count]);
+  });
+}
+
+// Runs f(i) for all i of the parts [starts[p], starts[p + 1]), of which there are as many as threads at most: in a part
+// neighbours share what a thread keeps.
+template <class F>
+void share_out_parts(const std::vector<int64_t>& starts, double work, const F& f) {
+  std::vector<Share> shares = shares_of(starts);
+  const auto run = [&](Share& share) {
+    for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) f(i);
+  };
+  if (shares.size() <= 1 || stays(work < serial_work))
+    for (Share& share : shares) run(share);
+  else
+    with_help(shares, run);
+}
+
 // f(begin, end, after) for pieces of [0, count), each of at least `grain` but the last of a share, of which `after`
 // more come next. Cores get unequal parts of what memory gives, by a tenth and more: each thread works through a share
-// of its own, which its cache may know from the op before, and then helps with what the others have left. Stores of f
-// past the caches end here.
+// of its own, which its cache may know from the op before, and then helps. Stores of f past the caches end here.
 template <class F>
 void in_pieces(int64_t count, int64_t grain, const F& f) {
   const int64_t tasks = std::min(threads(), (count + grain - 1) / grain);
@@ -113,12 +117,11 @@ void in_pieces(int64_t count, int64_t grain, const F& f) {
     });
     return;
   }
-  std::vector<Share> shares(tasks);
-  for (int64_t i = 0; i < tasks; i++) shares[i].next = i * count / tasks, shares[i].end = (i + 1) * count / tasks;
-  fork_join(tasks, 1, [&](int64_t first, int64_t) {
-    int64_t begin, end;
-    for (int64_t i = 0; i < tasks; i++)
-      for (Share& share = shares[(first + i) % tasks]; share.take(grain, &begin, &end);) f(begin, end, share.end - end);
+  std::vector<int64_t> starts;
+  for (int64_t i = 0; i <= tasks; i++) starts.push_back(i * count / tasks);
+  std::vector<Share> shares = shares_of(starts);
+  with_help(shares, [&](Share& share) {
+    for (int64_t begin, end; share.take(grain, &begin, &end);) f(begin, end, share.end - end);
     stream_fence();
   });
 }
