@@ -78,8 +78,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if not benches:
         sys.exit(f"bench: no row of {options.command!r} has {options.only!r} in its key")
     limits = Limits(options.device, options.quick)
-    makers = ((b.key, partial(run_row, b, settings, limits, command_of(options, b))) for b in benches)
-    rows = printed(options.command, list(makers))
+    makers = [(b.key, partial(run_row, b, settings, limits, command_of(options, b))) for b in benches]
+    rows = printed(options.command, makers)
     for name, reason in baselines.MISSING.items():
         print(f"without {name}: {reason}")
     return dict(rows=rows, limits=limits.source, missing=dict(baselines.MISSING))

@@ -202,9 +202,6 @@ MK_INLINE void mask_block(const StripRows& rows, int64_t key, float* s, float* d
     }
 }
 
-// Exponentials are relative to the largest score so far, or to one that is at most 2^8 times less.
-constexpr float most_slack = 8;
-
 MK_INLINE void new_bases(StripRows& rows, const float* s, float scale, float* bases) {
   vf top[2][2] = {{rows.top[0], rows.top[1]}, {rows.top[0], rows.top[1]}};
 #pragma GCC unroll 4
@@ -215,12 +212,11 @@ MK_INLINE void new_bases(StripRows& rows, const float* s, float scale, float* ba
       for (int h = 0; h < 2; h++) top[i][h] = max(load_words<vf>(s + (j + i) * strip_queries + h * lanes), top[i][h]);
 #pragma GCC unroll 2
   for (int h = 0; h < 2; h++) {
-    const vf before = rows.top[h], found = max(top[0][h], top[1][h]);
-    rows.top[h] = (found - before) * scale <= most_slack ? before : found;  // not where both are -inf
-    rows.base[h] = rows.top[h] == set1(-INFINITY) ? vf{} : rows.top[h] * scale;
-    const vf factor = exp2_negative<5>((before == set1(-INFINITY) ? before : before * scale) - rows.base[h]);
-    rows.sum[h] *= factor;
-    rows.weighted[h] *= factor;
+    const Lagging next = lagging_base(rows.top[h], max(top[0][h], top[1][h]), scale);
+    rows.top[h] = next.top;
+    rows.base[h] = next.base;
+    rows.sum[h] *= next.factor;
+    rows.weighted[h] *= next.factor;
     store_words(bases + h * lanes, rows.base[h]);
   }
 }

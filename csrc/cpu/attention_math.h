@@ -98,6 +98,27 @@ MK_INLINE vd exp2_negative(vd x) {
   return x;
 }
 
+#if MK_AMX
+
+// What the softmax of the matrix unit's rows knows, a row in each lane: the score that exponentials are relative to,
+// that score scaled, and the factor of what was summed before.
+struct Lagging {
+  vf top, base, factor;
+};
+
+// Exponentials are relative to the largest score so far, or to one that is at most 2^8 times less: bf16 and float32
+// hold both equally well, and most blocks leave what was summed before as it is. `before` is the top until now, `found`
+// the largest score, at least that.
+MK_INLINE Lagging lagging_base(vf before, vf found, float scale) {
+  constexpr float slack = 8;
+  const vf none = set1(-INFINITY);
+  const vf top = (found - before) * scale <= slack ? before : found;  // not where both are -inf
+  const vf base = top == none ? vf{} : top * scale;
+  return {top, base, exp2_negative<5>((before == none ? none : before * scale) - base)};
+}
+
+#endif
+
 MK_INLINE float exp2_scalar(float x) { return __builtin_exp2f(x); }
 MK_INLINE double exp2_scalar(double x) { return __builtin_exp2(x); }
 

@@ -11,10 +11,6 @@ namespace {
 
 constexpr int64_t score_stride = score_row<PairsBf16>;
 
-// Probabilities are relative to the largest score so far, or to one that is at most 2^8 times less: bf16 and float32
-// hold both equally well, and most blocks leave what was summed before as it is.
-constexpr float slack = 8;
-
 // Scores whose exponentials take so long that the unit would fall asleep soon.
 constexpr int64_t wakeful_scores = 1536;
 
@@ -60,11 +56,8 @@ struct Before {
 // soon. The base is rounded the same way wherever it occurs, so that it cancels out.
 MK_INLINE Before matrix_softmax(const Tile<PairsBf16>& t, float* scores, int64_t row, int64_t keys, float* factors,
                                 const bf16* out) {
-  const vf before = load_words<vf>(t.tops + row), scale = set1(t.scale);
-  const vf found = max(largest_of_rows(scores, keys), before);
-  const vf top = (found - before) * scale <= slack ? before : found;  // not where both are -inf
-  const vf none = set1(-INFINITY), base = top == none ? vf{} : top * scale;
-  const vf factor = exp2_negative<5>((before == none ? none : before * scale) - base);
+  const vf before = load_words<vf>(t.tops + row);
+  const auto [top, base, factor] = lagging_base(before, max(largest_of_rows(scores, keys), before), t.scale);
   store_words(t.tops + row, top);
   store_words(factors, factor);
   float bases[matrix_rows];
@@ -76,7 +69,7 @@ MK_INLINE Before matrix_softmax(const Tile<PairsBf16>& t, float* scores, int64_t
     sums[r] = exponentials_in_place(scores + r * score_stride, keys, bases[r], t.scale);
   }
   store_words(t.sums + row, load_words<vf>(t.sums + row) * factor + sum_each(sums));
-  return {all(before == none), !all(factor == set1(1.f))};
+  return {all(before == set1(-INFINITY)), !all(factor == set1(1.f))};
 }
 
 // Scores of the keys that a row does not see become -inf: only a few strips have any. `base` is the key of their first

@@ -6,7 +6,7 @@ that can, always with the same meaning. A named implementation never falls back:
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -253,9 +253,7 @@ class Op:
 
     def like_forward(self, impl: str | None, *args: Any) -> Any:
         """This op, a backward, in the implementation that its forward ran in; where that cannot, the automatic one."""
-        if impl is None or self._reason(impl, args) is not None:
-            return self._call(self._auto, args)
-        return self(impl, *args)
+        return self(impl if impl is not None and self._reason(impl, args) is None else None, *args)
 
     def _cpu_reason(self, args: tuple) -> str | None:
         if not self._composite:
@@ -303,14 +301,8 @@ class Op:
         with better words, and where somebody would see the call or differentiate it."""
         if torch.compiler.is_compiling() or self._cpu_kernel is None or not getattr(args[0], "is_cpu", False):
             return None
-        if _something_listens():
+        if _something_listens() or not _as_they_are(args):
             return None
-        for a in args:
-            if type(a) in _checks.PLAIN:
-                if a.is_neg():
-                    return None
-            elif isinstance(a, torch.Tensor):
-                return None
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return None
         try:
@@ -350,19 +342,22 @@ class Op:
             return op(*args)
 
 
-def _as_they_are(tensors: list[torch.Tensor]) -> bool:
-    """Whether a kernel may take these past the dispatcher: none is of another class, and none holds its values negated,
-    as a view by `imag` may."""
-    return all(type(t) in _checks.PLAIN and not t.is_neg() for t in tensors)
+def _as_they_are(args: Iterable[Any]) -> bool:
+    """Whether a kernel may take these past the dispatcher: no tensor is of another class, and none holds its values
+    negated, as a view by `imag` may."""
+    for a in args:
+        if type(a) in _checks.PLAIN:
+            if a.is_neg():
+                return False
+        elif isinstance(a, torch.Tensor):
+            return False
+    return True
 
 
 def _dense_on_cpu(tensors: list[torch.Tensor]) -> bool:
     """Whether the dispatcher would hand these to the CPU kernel as they are; of whatever dtypes, since rstd, lse and
     tables are wider than the rest."""
-    for t in tensors:
-        if type(t) not in _checks.PLAIN or not t.is_cpu or t.layout != torch.strided or t.is_neg():
-            return False
-    return True
+    return _as_they_are(tensors) and all(t.is_cpu and t.layout == torch.strided for t in tensors)
 
 
 def _something_listens() -> bool:

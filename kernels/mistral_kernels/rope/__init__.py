@@ -41,7 +41,8 @@ _rope = Op(
 
 def tables_fit(q: torch.Tensor, cos: torch.Tensor) -> bool:
     """Whether the tables are as kernels read them; others are converted first."""
-    return _checks.alike(q) and _checks.alike(cos) and cos.dim() == 2 and cos.dtype == _checks.accumulate_dtype(q.dtype)
+    tensors = isinstance(q, torch.Tensor) and isinstance(cos, torch.Tensor)
+    return tensors and cos.dim() == 2 and cos.dtype == _checks.accumulate_dtype(q.dtype)
 
 
 def check_tables(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
