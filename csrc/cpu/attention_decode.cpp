@@ -4,6 +4,7 @@
 // scales multiply the scores, and the probabilities on their way to the values.
 #include "cpu/attention.h"
 #include "cpu/attention_decode_matrix.h"
+#include "cpu/attention_join.h"
 #include "cpu/attention_pack.h"
 #include "cpu/codes.h"
 
@@ -399,42 +400,23 @@ void decode(const Attention& a, const AttentionItem& item, char* scratch) {
   all_values(t);
 }
 
-// Adds a row of another partial result, `more`, to the first one.
-template <class T>
-void join_row(const Decode<T>& t, int64_t row, RowState<typename Decode<T>::Scalar> next,
-              const typename Decode<T>::Scalar* more) {
-  using M = typename Decode<T>::M;
-  using Scalar = typename M::Scalar;
-  using Vec = typename M::Vec;
-  RowState<Scalar>& state = t.states[row];
-  Scalar* acc = t.acc + row * t.n;
-  const Scalar top = next.top > state.top ? next.top : state.top, base = top == -INFINITY ? 0 : top;
-  const Scalar before = exp2_scalar((state.top - base) * t.scale), after = exp2_scalar((next.top - base) * t.scale);
-  for (int64_t d = 0; d < t.n; d += M::width)
-    store_words(acc + d, load_words<Vec>(acc + d) * before + load_words<Vec>(more + d) * after);
-  state = {top, state.sum * before + next.sum * after};
-}
-
-// In the order of the keys, and each partial result as it lies in memory.
+// In the order of the keys, whichever piece was done first.
 template <class T>
 void join(const Attention& a, const AttentionItem& item, int64_t count) {
-  using Scalar = typename Decode<T>::Scalar;
+  using M = typename Decode<T>::M;
+  using Scalar = typename M::Scalar;
   const Decode<T> t(a, item, nullptr);
-  const auto each_row = [&](auto f) {
-    for (int64_t head = 0; head < item.heads; head++)
-      for (int64_t row = 0; row < t.rows; row++) f(head, row, head * t.all_rows + row);
-  };
-  for (int64_t i = 1; i < count; i++) {
-    const Scalar* acc = (const Scalar*)((const char*)t.acc + i * a.partial_bytes);
-    const auto* states = (const RowState<Scalar>*)((const char*)t.states + i * a.partial_bytes);
-    each_row([&](int64_t, int64_t, int64_t index) { join_row(t, index, states[index], acc + index * t.n); });
-  }
-  each_row([&](int64_t head, int64_t row, int64_t index) {
-    const int64_t query = row / t.group, q_head = (item.head + head) * t.group + row % t.group;
-    T* out = (T*)t.s.out + query * a.out_row + q_head * a.out_head;
-    Scalar* lse = t.s.lse ? (Scalar*)t.s.lse + q_head * a.lse_head + query : nullptr;
-    finish_row<typename Decode<T>::M>(a, t.acc + index * t.n, t.states[index], out, lse);
-  });
+  for (int64_t head = 0; head < item.heads; head++)
+    for (int64_t row = 0; row < t.rows; row++) {
+      const int64_t index = head * t.all_rows + row;
+      const int64_t query = row / t.group, q_head = (item.head + head) * t.group + row % t.group;
+      Scalar* acc = t.acc + index * t.n;
+      const RowState<Scalar> state =
+          count > 1 ? join_row<M>({acc, t.states + index, a.partial_bytes, count, t.n, t.scale}) : t.states[index];
+      T* out = (T*)t.s.out + query * a.out_row + q_head * a.out_head;
+      Scalar* lse = t.s.lse ? (Scalar*)t.s.lse + q_head * a.lse_head + query : nullptr;
+      finish_row<M>(a, acc, state, out, lse);
+    }
 }
 
 }  // namespace

@@ -119,9 +119,6 @@ MK_INLINE Lagging lagging_base(vf before, vf found, float scale) {
 
 #endif
 
-MK_INLINE float exp2_scalar(float x) { return __builtin_exp2f(x); }
-MK_INLINE double exp2_scalar(double x) { return __builtin_exp2(x); }
-
 // Probabilities as the product with the values takes them.
 template <class M>
 MK_INLINE void store_probabilities(typename M::Word* p, typename M::Vec e0, typename M::Vec e1) {
