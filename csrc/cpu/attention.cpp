@@ -139,16 +139,18 @@ void any_strip(const Tile<M>& t, int64_t rows, int64_t row, int64_t query, int64
 
 template <class M, class T>
 void start_tile(Tile<M>& t, const AttentionItem& item, int64_t rows) {
-  for (int64_t row = 0; row < item.heads * t.head_rows; row++) {
+  const int64_t head_rows = t.head_rows, heads = item.heads, dim = t.a.dim, to = t.q_row;
+  const int64_t from_row = t.a.q_row, from_head = t.a.q_head;
+  const double sign = scaling(t.a.scale).sign;
+  for (int64_t row = 0; row < heads * head_rows; row++) {
     t.tops[row] = -INFINITY;
     t.sums[row] = 0;
   }
-  for (int64_t i = 0; i < rows; i++)  // the heads of a query lie side by side
-    for (int64_t head = 0; head < item.heads; head++) {
-      const int64_t row = head * t.head_rows + i;
-      const T* q = (const T*)t.s.q + (item.first + i) * t.a.q_row + (item.head + head) * t.a.q_head;
-      pack_query<M>(q, t.a.dim, scaling(t.a.scale).sign, t.q + row * t.q_row);
-    }
+  const T* q = (const T*)t.s.q + item.first * from_row + item.head * from_head;
+  typename M::Word* out = t.q;
+  for (int64_t i = 0; i < rows; i++, q += from_row, out += to)  // the heads of a query lie side by side
+    for (int64_t head = 0; head < heads; head++)
+      pack_query<M>(q + head * from_head, dim, sign, out + head * head_rows * to);
 }
 
 template <class M, class T>

@@ -21,15 +21,19 @@ MK_INLINE int64_t value_columns(int64_t dim) {
   return round_up(dim, M::width);
 }
 
-// One vector of the words of a row, from word `w` on; zeros past `dim`.
+// One vector of the words of a row, from word `w` on; zeros past `dim`. Pairs by a mask: g++ calls memcpy for a part
+// of a vector.
 template <class M, class T>
 MK_INLINE typename M::Words row_words(const T* row, int64_t w, int64_t dim) {
   const int64_t left = dim - w * M::step;
-  if constexpr (M::step == 1) return left >= M::width ? load(row + w) : load_n(row + w, most(left, 0));
-  if (left >= M::width * M::step) return load_words<typename M::Words>(row + w * M::step);
-  typename M::Words words = {};
-  __builtin_memcpy(&words, row + w * M::step, least(most(left, 0), M::width * M::step) * sizeof(T));
-  return words;
+  if constexpr (M::step == 1) {
+    return left >= M::width ? load(row + w) : load_n(row + w, most(left, 0));
+  } else {
+#if MK_BF16
+    const T* p = row + w * M::step;
+    return left >= 2 * lanes ? load_words<vu>(p) : (vu)_mm512_maskz_loadu_epi16((1u << most(left, 0)) - 1, p);
+#endif
+  }
 }
 
 struct Row {
@@ -109,14 +113,15 @@ MK_INLINE int64_t query_words(int64_t dim) {
 
 template <class M, class T>
 MK_INLINE void pack_query(const T* row, int64_t dim, double sign, typename M::Word* out) {
-  for (int64_t w = 0; w < query_words<M>(dim); w += M::width) {
-    typename M::Words words = row_words<M>(row, w, dim);
+  const int64_t whole = dim / (M::width * M::step) * M::width, words = query_words<M>(dim);
+  const auto put = [&](int64_t w, typename M::Words v) {
     if constexpr (M::step == 1)
-      words *= (typename M::Scalar)sign;
+      store_words(out + w, v * (typename M::Scalar)sign);
     else
-      words = sign > 0 ? words : sign < 0 ? words ^ 0x80008000u : vu{};
-    store_words(out + w, words);
-  }
+      store_words(out + w, (v ^ (sign < 0 ? 0x80008000u : 0u)) & (sign == 0 ? 0u : ~0u));
+  };
+  for (int64_t w = 0; w < whole; w += M::width) put(w, row_vector<M>(row + w * M::step));
+  for (int64_t w = whole; w < words; w += M::width) put(w, row_words<M>(row, w, dim));
 }
 
 }  // namespace

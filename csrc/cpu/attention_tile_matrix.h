@@ -121,26 +121,44 @@ MK_INLINE Logarithms logarithms(vf x) {
   return {__builtin_convertvector(exponent, vf), x == x ? rest : x};
 }
 
-// The same as finish_row() for up to sixteen rows from `row` on, which are the queries from `query` on.
+// The natural log of the softmax's denominator for sixteen rows, added up in double as finish_row() does.
+MK_INLINE vf natural_lse(vf tops, vf sums, double scale) {
+  typedef float Half __attribute__((vector_size(32)));
+  const Logarithms logs = logarithms(sums);
+  const auto part = [&](auto half) {
+    const auto wide = [&](vf v) { return __builtin_convertvector(half(v), vd); };
+    return __builtin_convertvector(wide(tops) * scale + (wide(logs.exponent) * ln_2 + wide(logs.rest)), Half);
+  };
+  const Half low = part([](vf v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); });
+  const Half high = part([](vf v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); });
+  const vf lse = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return sums == 0.f ? set1(-INFINITY) : lse;
+}
+
+// The same as finish_row() for up to sixteen rows from `row` on, which are the queries from `query` on. The compiler
+// takes each store for one that changes the numbers of `t`: they are read before.
 MK_INLINE void finish_rows(const Tile<PairsBf16>& t, int64_t row, int64_t count, int64_t query) {
   bf16* out = output_row(t, row, query);
-  const vf sums = load_words<vf>(t.sums + row);
-  float inverse[matrix_rows], exponents[matrix_rows], rests[matrix_rows];
-  store_words(inverse, 1.f / sums);
-  for (int64_t r = 0; r < count; r++, out += t.a.out_row) {
-    const float* acc = t.acc + (row + r) * t.columns;
-    const bool seen = t.sums[row + r] != 0;
-    for (int64_t d = 0; d < t.a.dim; d += lanes)
-      store_columns<PairsBf16>(out, d, t.a.dim, seen ? load_words<vf>(acc + d) * inverse[r] : vf{});
+  const float* acc = t.acc + row * t.columns;
+  const int64_t dim = t.a.dim, pairs = round_down(dim, 2 * lanes), out_row = t.a.out_row, columns = t.columns;
+  const vf tops = load_words<vf>(t.tops + row), sums = load_words<vf>(t.sums + row);
+  float inverses[matrix_rows];
+  store_words(inverses, sums == 0.f ? vf{} : 1.f / sums);
+  for (int64_t r = 0; r < count; r++, out += out_row, acc += columns) {
+    const float inverse = inverses[r];
+    const auto scaled = [&](int64_t d) { return inverse == 0 ? vf{} : load_words<vf>(acc + d) * inverse; };
+    int64_t d = 0;
+    for (; d < pairs; d += 2 * lanes)
+      store_probabilities<PairsBf16>((uint32_t*)(out + d), scaled(d), scaled(d + lanes));
+    for (; d < dim; d += lanes) store_columns<PairsBf16>(out, d, dim, scaled(d));
   }
   if (!t.s.lse) return;
   float* lse = (float*)t.s.lse + (t.head + row / t.head_rows) * t.a.lse_head + query;
-  const Logarithms logs = logarithms(sums);
-  store_words(exponents, logs.exponent);
-  store_words(rests, logs.rest);
-  const double magnitude = scaling(t.a.scale).magnitude;
-  for (int64_t r = 0; r < count; r++)
-    lse[r] = t.sums[row + r] == 0 ? -INFINITY : t.tops[row + r] * magnitude + (exponents[r] * ln_2 + rests[r]);
+  const vf v = natural_lse(tops, sums, scaling(t.a.scale).magnitude);
+  if (count == lanes)
+    store(lse, v);
+  else
+    store_n(lse, v, count);
 }
 
 // The same as strip() for `count` of 16 MT rows; those past `count` hold anything, and nobody reads them.
