@@ -1,5 +1,6 @@
 """Builds one shared library on torch's stable ABI: csrc/cpu once for each instruction set, csrc/torch once, csrc/cuda
-where nvcc is found.
+where nvcc is found. Beside it lies a small module on CPython's, for short calls: csrc/python, where Python's headers are
+found.
 
 Writes a ninja file and lets ninja run the compilers. torch is only looked up for its headers, never imported, and may
 be missing: then the package is built without the library, and everything but the C++ kernels works.
@@ -24,6 +25,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # older ones stop at pyproje
 
 ROOT = Path(__file__).parent
 LIBRARY = "libmistral_kernels.so"
+CALLS = "_calls.abi3.so"
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11 and later
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512"
 AVX512_BF16 = AVX512 + " -mavx512bf16 -mavx512vnni"
@@ -87,6 +89,13 @@ def cuda_runtime(cuda: Path) -> Path | None:
     return next((p for p in folders if (p / "libcudart_static.a").exists()), None)
 
 
+def find_python() -> Path | None:
+    """The folder of Python.h, or None: many systems have it in a package of its own. A Python without a global lock has
+    no stable ABI."""
+    folder = Path(sysconfig.get_path("include"))
+    return folder if (folder / "Python.h").exists() and not sysconfig.get_config_var("Py_GIL_DISABLED") else None
+
+
 def missing_tool() -> str | None:
     """Why the library cannot be built here, or None."""
     if find_torch() is None:
@@ -130,6 +139,22 @@ def ninja_rules(torch: Path, cuda: Path | None, sanitizer: str | None) -> list[s
         "rule link",
         f"  command = $cxx {sanitize} -shared -o $out $in -L{torch / 'lib'} -ltorch_cpu {runtime}",
         "  description = link $out",
+        "rule module",
+        f"  command = $cxx {sanitize} -shared -o $out $in",
+        "  description = link $out",
+    ]
+
+
+def calls_lines(torch: Path, python: Path, folder: Path, output: Path) -> list[str]:
+    """What builds the module for short calls; torch is asked for the header of DLPack only."""
+    item = folder / "python_calls.o"
+    return [
+        f"build {item}: compile {ROOT / 'csrc/python/calls.cpp'}",
+        f"  extra = -isystem {torch / 'include'} -isystem {python}",
+        "  what = csrc/python/calls.cpp",
+        f"build {output}: module {item}",
+        f"default {output}",
+        "",
     ]
 
 
@@ -174,9 +199,12 @@ class BuildLibrary(build_ext):
         self.sanitize = None
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
+        *package, name = fullname.split(".")
+        return str(Path(*package) / (CALLS if name == "_calls" else LIBRARY))
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name.endswith("_calls"):
+            return  # with the library
         reason = missing_tool()
         if reason is not None:
             self.warn(f"mistral_kernels is built WITHOUT its C++ kernels: {reason}")
@@ -187,7 +215,12 @@ class BuildLibrary(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         for path in (folder, output.parent):
             path.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(torch, cuda, folder, output, self.sanitize))
+        lines = ninja_file(torch, cuda, folder, output, self.sanitize)
+        if (python := find_python()) is not None:
+            lines += "\n".join(calls_lines(torch, python, folder, output.with_name(CALLS)))
+        else:
+            self.warn("short calls of mistral_kernels will be slower: Python.h is not found (python3-dev)")
+        (folder / "build.ninja").write_text(lines)
         subprocess.run([find_ninja(), "-C", str(folder), f"-j{jobs()}"], check=True)
 
     def objects_folder(self) -> Path:
@@ -197,16 +230,26 @@ class BuildLibrary(build_ext):
         usual = f"{build.build_base}/temp.{build.plat_name}-{sys.implementation.cache_tag}"
         return (ROOT / (usual if self.editable_mode else self.build_temp)).resolve()
 
+    def built(self) -> list[Extension]:
+        """Those of the extensions that can be built here."""
+        if missing_tool() is not None:
+            return []
+        return [ext for ext in self.extensions if not ext.name.endswith("_calls") or find_python() is not None]
+
     def copy_extensions_to_source(self) -> None:
-        if missing_tool() is None:
-            super().copy_extensions_to_source()
+        every, self.extensions = self.extensions, self.built()
+        super().copy_extensions_to_source()
+        self.extensions = every
 
     def get_outputs(self) -> list[str]:
-        return [] if missing_tool() is not None else super().get_outputs()
+        return [self.get_ext_fullpath(ext.name) for ext in self.built()]
 
 
 setup(
-    ext_modules=[Extension("mistral_kernels.libmistral_kernels", sources=[], py_limited_api=True)],
+    ext_modules=[
+        Extension(f"mistral_kernels.{name}", sources=[], py_limited_api=True)
+        for name in ("libmistral_kernels", "_calls")
+    ],
     cmdclass={"build_ext": BuildLibrary},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

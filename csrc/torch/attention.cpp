@@ -1,5 +1,6 @@
 // mistral_kernels::attention and attention_cached on a CPU.
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/kv_codes.h"
 #include "torch/attention_run.h"
@@ -84,8 +85,28 @@ void dequantise(const Attention& a, AttentionSequence& s, std::vector<Tensor>& n
   }
 }
 
+// As Python's checks say in more words.
+void check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window, double scale, bool causal,
+           const Maybe& cu_q, const Maybe& cu_k) {
+  on_cpu({&q, &k, &v});
+  const int64_t dims = cu_q ? 3 : 4;
+  STD_TORCH_CHECK(dtype_of(k) == dtype_of(q) && dtype_of(v) == dtype_of(q), "q, k and v must be of one dtype");
+  STD_TORCH_CHECK(q.dim() == dims && k.dim() == dims && same_shape(k, v) && (cu_q || q.size(0) == k.size(0)),
+                  "q, k and v must be [B, S, H, D] and twice [B, Sk, Hkv, D]; with cu_seqlens [T, H, D] and [Tk, Hkv, D]");
+  STD_TORCH_CHECK(q.size(-1) > 0 && k.size(-1) == q.size(-1) && k.size(-2) > 0 && q.size(-2) % k.size(-2) == 0,
+                  "q, k and v must have one head dimension, and q a multiple of the heads of k");
+  STD_TORCH_CHECK(std::isfinite(scale) && window >= 0 && (causal || !window),
+                  "scale must be finite, and a window needs causal");
+  STD_TORCH_CHECK(cu_q.has_value() == cu_k.has_value(), "packed attention needs both cu_seqlens");
+  if (!cu_q) return;
+  STD_TORCH_CHECK(cu_q->dim() == 1 && cu_q->numel() > 0, "cu_seqlens must be [sequences + 1]");
+  check_ends(*cu_q, cu_q->numel() - 1, q.size(0));
+  check_ends(*cu_k, cu_q->numel() - 1, k.size(0));
+}
+
 std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, int64_t window,
                                      double scale, bool causal, Maybe cu_q, Maybe cu_k, int64_t, int64_t) {
+  check(q_in, k_in, v_in, window, scale, causal, cu_q, cu_k);
   const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
   Tensor out = empty(q.sizes(), dtype_of(q)), lse = lse_like(q);
   const bool packed = q.dim() == 3;
@@ -118,7 +139,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
 // The caches and the queries fit each other, and the ring holds all keys that these see, as Python's checks say in more
 // words. `longest`: of the packed chunks, negative where nobody has looked.
 void check_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lens, int64_t window,
-                  bool alone, const Maybe& cu, int64_t longest) {
+                  double scale, bool alone, const Maybe& cu, int64_t longest) {
   on_cpu({&q, &k_cache, &v_cache, &lens});
   STD_TORCH_CHECK(k_cache.dim() == 4 && same_shape(k_cache, v_cache) && k_cache.size(1) > 0,
                   "the caches must be equal, [B, slots, Hkv, D], with at least one slot");
@@ -126,8 +147,9 @@ void check_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
   STD_TORCH_CHECK((dims == 3 || (dims == 4 && !cu)) && (cu || q.size(0) == batch) && q.size(-1) > 0 &&
                       q.size(-1) == k_cache.size(3) && heads > 0 && q.size(-2) % heads == 0,
                   "q must be [B, S, H, D] or [T, H, D], with the caches' D and a multiple of their heads");
-  STD_TORCH_CHECK(lens.scalar_type() == torch::headeronly::ScalarType::Int && lens.dim() == 1 && lens.size(0) == batch,
+  STD_TORCH_CHECK(lens.scalar_type() == ScalarType::Int && lens.dim() == 1 && lens.size(0) == batch,
                   "seq_lens must be int32, [", batch, "]");
+  STD_TORCH_CHECK(std::isfinite(scale) && window >= 0, "scale must be finite, and a window positive");
   if (cu) check_ends(*cu, batch, q.size(0));
   if (!alone) return;
   int64_t chunk = dims == 4 ? q.size(1) : 1;
@@ -180,7 +202,7 @@ Tensor cached(const Tensor& q_in, const Ring& ring, const Tensor& k_cache, const
 Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lens,
                         int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t longest, bool) {
   const Dtype dtype = dtype_of(q);
-  check_cached(q, k_cache, v_cache, lens, window, !k_new, cu, longest);
+  check_cached(q, k_cache, v_cache, lens, window, scale, !k_new, cu, longest);
   STD_TORCH_CHECK(dtype_of(k_cache) == dtype && dtype_of(v_cache) == dtype, "the caches must be of q's dtype");
   const Tensor k = unit_stride(k_cache), v = unit_stride(v_cache);
   return cached(q, Ring(k, v, std::nullopt, std::nullopt), k, lens, window, scale, k_new, v_new, cu);
@@ -188,7 +210,8 @@ Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 
 Tensor attention_cached_int8(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_scale,
                              const Tensor& v_scale, const Tensor& lens, int64_t window, double scale, Maybe k_new,
-                             Maybe v_new, Maybe cu, int64_t, bool) {
+                             Maybe v_new, Maybe cu, int64_t longest, bool) {
+  check_cached(q, k_cache, v_cache, lens, window, scale, !k_new, cu, longest);
   check_codes(k_cache, v_cache, k_scale, v_scale, dtype_of(q));
   const Tensor k = unit_stride(k_cache), v = unit_stride(v_cache);
   return cached(q, Ring(k, v, k_scale, v_scale), k, lens, window, scale, k_new, v_new, cu);
@@ -197,7 +220,7 @@ Tensor attention_cached_int8(const Tensor& q, const Tensor& k_cache, const Tenso
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("attention", TORCH_BOX(&mk::attention));
-  m.impl("attention_cached", TORCH_BOX(&mk::attention_cached));
-  m.impl("attention_cached_int8", TORCH_BOX(&mk::attention_cached_int8));
+  mk::implement<&mk::attention>(m, "attention");
+  mk::implement<&mk::attention_cached>(m, "attention_cached");
+  mk::implement<&mk::attention_cached_int8>(m, "attention_cached_int8");
 }

@@ -167,4 +167,4 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_in, con
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { m.impl("attention_backward", TORCH_BOX(&mk::attention_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { mk::implement<&mk::attention_backward>(m, "attention_backward"); }

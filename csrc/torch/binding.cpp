@@ -2,34 +2,60 @@
 
 #include "torch/outputs.h"
 
+#include <cstdlib>
+#include <map>
+#include <new>
+#include <string>
+
 namespace mk {
 namespace {
 
-struct TorchDtypes {
-  int32_t of[dtypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16(),
-                        aoti_torch_dtype_float64()};
-};
+thread_local bool called_directly = false;
 
-const TorchDtypes& torch_dtypes() {
-  static const TorchDtypes all;
+std::map<std::string, Direct>& direct_kernels() {
+  static std::map<std::string, Direct> all;
   return all;
+}
+
+constexpr ScalarType scalar_types[dtypes] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
+                                             ScalarType::Double};
+
+int32_t torch_dtype(Dtype dtype) {
+  static const int32_t of[dtypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                                     aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
+  return of[static_cast<int>(dtype)];
 }
 
 }  // namespace
 
+DirectCall::DirectCall() { called_directly = true; }
+DirectCall::~DirectCall() { called_directly = false; }
+
+void add_direct(const char* op, Direct kernel) { direct_kernels()[op] = kernel; }
+
+void hand_over(const Tensor& made, Output& to) {
+  to = {};
+  if (made.block()) {
+    const auto release = [](void* owner) { delete static_cast<std::shared_ptr<Block>*>(owner); };
+    to.array = {made.block()->data, made.dim(), made.sizes().data(), made.strides().data(),
+                static_cast<int32_t>(made.scalar_type())};
+    to.owner = new std::shared_ptr<Block>(made.block());
+    to.release = release;
+    return;
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(made.get(), &handle));
+  to.torch = handle;
+}
+
 Dtype dtype_of(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  const ScalarType type = t.scalar_type();
   for (int i = 0; i < dtypes; i++)
-    if (torch_dtypes().of[i] == dtype) return static_cast<Dtype>(i);
+    if (scalar_types[i] == type) return static_cast<Dtype>(i);
   STD_TORCH_CHECK(false, "a tensor is of a dtype other than float32, bfloat16, float16 and float64");
 }
 
-bool is_int8(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype == aoti_torch_dtype_int8();
-}
+bool is_int8(const Tensor& t) { return t.scalar_type() == ScalarType::Char; }
 
 namespace {
 
@@ -50,43 +76,58 @@ AtenTensorHandle pooled(int64_t bytes, int64_t dims, const int64_t* sizes, const
 
 }  // namespace
 
-Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like) {
+namespace {
+
+Tensor empty_block(IntHeaderOnlyArrayRef sizes, const int64_t* strides, Dtype dtype, int64_t bytes) {
+  constexpr int64_t alignment = 64;
+  void* memory = std::malloc(sizeof(Block) + alignment + static_cast<size_t>(bytes));
+  if (!memory) throw std::bad_alloc();
+  Block* block = new (memory) Block;
+  const std::shared_ptr<Block> owned(block, [](Block* b) { std::free(b); });
+  block->data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block + 1) + alignment - 1) & -alignment);
+  block->dims = static_cast<int64_t>(sizes.size());
+  block->type = scalar_types[static_cast<int>(dtype)];
+  for (int64_t d = 0; d < block->dims; d++) block->sizes[d] = sizes[d], block->strides[d] = strides[d];
+  return Tensor(owned);
+}
+
+}  // namespace
+
+Tensor empty(IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like) {
   const int64_t dims = static_cast<int64_t>(sizes.size());
   int64_t strides[64];
   STD_TORCH_CHECK(dims <= 64, "a tensor has ", dims, " dimensions; at most 64 are supported");
-  int64_t stride = 1;
+  int64_t stride = 1, elements = 1;
   for (int64_t d = dims - 1; d >= 0; d--) {
     strides[d] = stride;
     stride *= sizes[d] > 1 ? sizes[d] : 1;
+    elements *= sizes[d];
   }
   int32_t device = aoti_torch_device_type_cpu(), index = 0;
   if (like) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
   }
-  const int32_t type = torch_dtypes().of[static_cast<int>(dtype)];
   const int64_t bytes = stride * size_of(dtype);
-  const bool large = bytes >= large_output && device == aoti_torch_device_type_cpu();
+  const bool on_cpu = device == aoti_torch_device_type_cpu(), large = bytes >= large_output && on_cpu;
+  if (called_directly && !large && on_cpu && dims <= max_dims) return empty_block(sizes, strides, dtype, bytes);
+  const int32_t type = torch_dtype(dtype);
   AtenTensorHandle handle = large ? pooled(bytes, dims, sizes.data(), strides, type) : nullptr;
   if (handle) return Tensor(handle);
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, type, device, index, &handle));
   const Tensor fresh(handle);
-  if (large && fresh.numel()) advise_huge(fresh.mutable_data_ptr(), bytes);
+  if (large && elements) advise_huge(fresh.mutable_data_ptr(), bytes);
   return fresh;
 }
 
 void on_cpu(std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* t : tensors) {
-    int32_t device;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t->get(), &device));
-    STD_TORCH_CHECK(device == aoti_torch_device_type_cpu(), "all tensors must be on a CPU");
-  }
+  for (const Tensor* t : tensors) STD_TORCH_CHECK(t->is_cpu(), "all tensors must be on a CPU");
 }
 
 void check_ends(const Tensor& ends, int64_t sequences, int64_t tokens) {
   on_cpu({&ends});
   STD_TORCH_CHECK(
-      ends.scalar_type() == torch::headeronly::ScalarType::Int && ends.dim() == 1 && ends.numel() == sequences + 1,
+      ends.scalar_type() == ScalarType::Int && ends.dim() == 1 && ends.numel() == sequences + 1,
       "cu_seqlens must be int32, [", sequences + 1, "]");
   const int32_t* at = static_cast<const int32_t*>(ends.const_data_ptr());
   const int64_t step = ends.stride(0);
@@ -103,10 +144,18 @@ bool same_sizes(const Tensor& a, const Tensor& b, int64_t count) {
   return true;
 }
 
+Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : Tensor(torch::stable::contiguous(t)); }
+
 Tensor unit_stride(const Tensor& t) {
   const int64_t dims = t.dim();
   if (dims == 0 || (dims <= max_dims && (t.stride(dims - 1) == 1 || t.size(dims - 1) == 1))) return t;
-  return torch::stable::contiguous(t);
+  return contiguous(t);
 }
 
 }  // namespace mk
+
+// For Python, by ctypes: the address of an op's kernel for calls past the dispatcher (csrc/python), or null.
+extern "C" __attribute__((visibility("default"))) void* mistral_kernels_direct(const char* op) {
+  const auto found = mk::direct_kernels().find(op);
+  return found == mk::direct_kernels().end() ? nullptr : reinterpret_cast<void*>(found->second);
+}

@@ -1,17 +1,14 @@
 // What the torch side of every op needs, on torch's stable ABI: the chosen kernels, dtypes, strides, outputs, threads.
 #pragma once
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
 
 #include "cpu/isa.h"
+#include "torch/entry.h"
 #include "torch/threads.h"
 
 namespace mk {
-
-using torch::stable::Tensor;
 
 // Index into the `<op>_tiers` tables of isa.h; chosen when the library is loaded.
 extern int tier;
@@ -35,9 +32,7 @@ constexpr Dtype wide(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dt
 
 // A new contiguous tensor, on the CPU or on the device of `like`; several times quicker than torch::stable::empty,
 // which looks up an operator.
-Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like = nullptr);
-
-constexpr int max_dims = 8;
+Tensor empty(IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like = nullptr);
 
 // Throws unless all are on a CPU: the dispatcher sees to that, but short calls go past it.
 void on_cpu(std::initializer_list<const Tensor*> tensors);
@@ -50,6 +45,9 @@ bool same_sizes(const Tensor& a, const Tensor& b, int64_t count);
 
 // Whether both have the same shape.
 inline bool same_shape(const Tensor& a, const Tensor& b) { return a.dim() == b.dim() && same_sizes(a, b, a.dim()); }
+
+// `t` itself where its elements lie side by side in order, else a copy of torch's.
+Tensor contiguous(const Tensor& t);
 
 // `t` itself where kernels can read it in place: its last dimension has stride 1, and it has at most max_dims.
 Tensor unit_stride(const Tensor& t);

@@ -7,15 +7,13 @@
 namespace mk {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 // `t` where its heads start at multiples of 16 bytes, else a copy.
 Tensor aligned(const Tensor& t_in) {
   const Tensor t = unit_stride(t_in);
   const int64_t unit = 16 / size_of(dtype_of(t));
   bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   for (int64_t d = 0; d < t.dim() - 1; d++) fits = fits && (t.size(d) <= 1 || t.stride(d) % unit == 0);
-  return fits ? t : torch::stable::contiguous(torch::stable::clone(t));
+  return fits ? t : contiguous(Tensor(torch::stable::clone(t)));
 }
 
 // Strides of dimensions of size 1 are never multiplied by anything but 0.
@@ -73,8 +71,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
   Tensor out = device_empty(q.sizes(), dtype_of(q), q), lse = lse_like(q);
   if (!q.numel()) return {out, lse};
   const bool packed = q.dim() == 3;
-  const Tensor ends_q = packed ? torch::stable::contiguous(*cu_q) : q;
-  const Tensor ends_k = packed ? torch::stable::contiguous(*cu_k) : q;
+  const Tensor ends_q = packed ? contiguous(*cu_q) : q;
+  const Tensor ends_k = packed ? contiguous(*cu_k) : q;
   cuda::Attention a = describe(q, k, out, window, scale, causal);
   a.q = tokens_of(q), a.k = tokens_of(k), a.v = tokens_of(v);
   a.lse = static_cast<float*>(device_mutable_data(lse)), a.key_tokens = packed ? k.size(0) : 0;
@@ -91,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_in, con
                                                       Maybe cu_q, Maybe cu_k, int64_t max_q, int64_t max_k) {
   const Device device(q_in);
   const Tensor q = aligned(q_in), k = aligned(k_in), v = aligned(v_in), dout = aligned(dout_in);
-  const Tensor dlse = torch::stable::contiguous(dlse_in);
+  const Tensor dlse = contiguous(dlse_in);
   const Dtype dtype = dtype_of(q);
   STD_TORCH_CHECK(
       dtype_of(dout) == dtype && dtype_of(k) == dtype && dtype_of(v) == dtype && dtype_of(dlse) == Dtype::f32,
@@ -100,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_in, con
   Tensor dv = device_empty(v.sizes(), dtype, v);
   const bool packed = q.dim() == 3;
   if (!q.numel()) return {dq, torch::stable::zero_(dk), torch::stable::zero_(dv)};
-  const Tensor ends_q = packed ? torch::stable::contiguous(*cu_q) : q;
-  const Tensor ends_k = packed ? torch::stable::contiguous(*cu_k) : q;
+  const Tensor ends_q = packed ? contiguous(*cu_q) : q;
+  const Tensor ends_k = packed ? contiguous(*cu_k) : q;
   cuda::AttentionBackward a = {};
   a.dout = tokens_of(dout), a.q = tokens_of(q), a.k = tokens_of(k), a.v = tokens_of(v);
   a.dlse = static_cast<const float*>(device_data(dlse));
@@ -125,9 +123,9 @@ Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_
                         bool batch_invariant) {
   STD_TORCH_CHECK(!batch_invariant, "the CUDA C++ kernel splits the keys by the whole batch");
   const Device device(q_in);
-  const Tensor q = aligned(q_in), k = aligned(k_in), v = aligned(v_in), lens = torch::stable::contiguous(lens_in);
+  const Tensor q = aligned(q_in), k = aligned(k_in), v = aligned(v_in), lens = contiguous(lens_in);
   const Tensor chunk_k = k_new ? aligned(*k_new) : q, chunk_v = v_new ? aligned(*v_new) : q;
-  const Tensor ends = cu ? torch::stable::contiguous(*cu) : lens;
+  const Tensor ends = cu ? contiguous(*cu) : lens;
   Tensor out = device_empty(q.sizes(), dtype_of(q), q);
   if (!q.numel()) return out;
   const bool one_each = q.dim() == 3 && !cu;
@@ -147,7 +145,7 @@ Tensor attention_cached(const Tensor& q_in, const Tensor& k_in, const Tensor& v_
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, MK_CUDA_KEY, m) {
-  m.impl("attention_cuda", TORCH_BOX(&mk::attention));
-  m.impl("attention_backward_cuda", TORCH_BOX(&mk::attention_backward));
-  m.impl("attention_cached_cuda", TORCH_BOX(&mk::attention_cached));
+  m.impl("attention_cuda", mk::boxed<&mk::attention>);
+  m.impl("attention_backward_cuda", mk::boxed<&mk::attention_backward>);
+  m.impl("attention_cached_cuda", mk::boxed<&mk::attention_cached>);
 }

@@ -20,7 +20,7 @@ CurrentStream current_stream() {
 
 }  // namespace
 
-Device::Device(const Tensor& t) : index_(t.get_device_index()) {
+Device::Device(const Tensor& t) : index_(static_cast<Tensor::Torch&>(t).get_device_index()) {
   DeviceGuardHandle guard;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(index_, &guard));
   guard_ = guard;

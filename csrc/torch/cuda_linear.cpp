@@ -5,10 +5,8 @@
 namespace mk {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 Tensor rows_of_unit_stride(const Tensor& t) {
-  return t.stride(1) == 1 || t.size(1) == 1 ? t : torch::stable::contiguous(t);
+  return t.stride(1) == 1 || t.size(1) == 1 ? t : contiguous(t);
 }
 
 Tensor linear_cuda(const Tensor& x_in, const Tensor& weight_in, Maybe bias_in) {
@@ -23,9 +21,9 @@ Tensor linear_cuda(const Tensor& x_in, const Tensor& weight_in, Maybe bias_in) {
   STD_TORCH_CHECK(n <= INT32_MAX, "a weight of ", n, " rows is too large");
   const Device device(x_in);
   const Tensor weight = rows_of_unit_stride(weight_in);
-  const Maybe bias = bias_in ? Maybe(torch::stable::contiguous(*bias_in)) : std::nullopt;
+  const Maybe bias = bias_in ? Maybe(contiguous(*bias_in)) : std::nullopt;
   Tensor x = unit_stride(x_in);
-  if (Rows<1>({&x}, 1).runs() > 1) x = torch::stable::contiguous(x);
+  if (Rows<1>({&x}, 1).runs() > 1) x = contiguous(x);
   const Rows<1> rows({&x}, 1);
   int64_t sizes[max_dims];
   for (int64_t d = 0; d < dims; d++) sizes[d] = d + 1 < dims ? x.size(d) : n;
@@ -47,4 +45,4 @@ Tensor linear_cuda(const Tensor& x_in, const Tensor& weight_in, Maybe bias_in) {
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, MK_CUDA_KEY, m) { m.impl("linear_cuda", TORCH_BOX(&mk::linear_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, MK_CUDA_KEY, m) { m.impl("linear_cuda", mk::boxed<&mk::linear_cuda>); }

@@ -50,11 +50,11 @@ Tensor run(Scheme scheme, const char* op, const Tensor& x_in, const Tensor& code
   STD_TORCH_CHECK(n <= most && k <= (scheme == Scheme::w8a8 ? most_int8 : most), op, ": [", n, ", ", k,
                   "] codes are too many");
   STD_TORCH_CHECK(dims <= max_dims, "x has ", dims, " dimensions; at most ", max_dims, " are supported");
-  const Tensor codes = unit_stride(codes_in), scale = torch::stable::contiguous(scale_in);
-  const Maybe offset = offset_in ? Maybe(torch::stable::contiguous(*offset_in)) : std::nullopt;
-  const Maybe bias = bias_in ? Maybe(torch::stable::contiguous(*bias_in)) : std::nullopt;
+  const Tensor codes = unit_stride(codes_in), scale = contiguous(scale_in);
+  const Maybe offset = offset_in ? Maybe(contiguous(*offset_in)) : std::nullopt;
+  const Maybe bias = bias_in ? Maybe(contiguous(*bias_in)) : std::nullopt;
   Tensor x = unit_stride(x_in);
-  if (Rows<1>({&x}, 1).runs() > 1) x = torch::stable::contiguous(x);
+  if (Rows<1>({&x}, 1).runs() > 1) x = contiguous(x);
   const Rows<1> rows({&x}, 1);
   int64_t sizes[max_dims];
   for (int64_t d = 0; d < dims; d++) sizes[d] = d + 1 < dims ? x.size(d) : n;
@@ -100,8 +100,8 @@ Tensor linear_nf4_cuda(const Tensor& x, const Tensor& codes, const Tensor& scale
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, MK_CUDA_KEY, m) {
-  m.impl("linear_int8_cuda", TORCH_BOX(&mk::linear_int8_cuda));
-  m.impl("linear_w8a8_cuda", TORCH_BOX(&mk::linear_w8a8_cuda));
-  m.impl("linear_int4_cuda", TORCH_BOX(&mk::linear_int4_cuda));
-  m.impl("linear_nf4_cuda", TORCH_BOX(&mk::linear_nf4_cuda));
+  m.impl("linear_int8_cuda", mk::boxed<&mk::linear_int8_cuda>);
+  m.impl("linear_w8a8_cuda", mk::boxed<&mk::linear_w8a8_cuda>);
+  m.impl("linear_int4_cuda", mk::boxed<&mk::linear_int4_cuda>);
+  m.impl("linear_nf4_cuda", mk::boxed<&mk::linear_nf4_cuda>);
 }

@@ -20,8 +20,8 @@ Outputs run(const Device& device, Tensor x, const Tensor* residual_in, const Ten
               device_empty({x.sizes().data(), static_cast<size_t>(x.dim() - 1)}, Dtype::f32, x)};
   if (!out.rstd.numel()) return out;
   if (!LaunchRows<2>({&x, &residual}, 1).fits) {
-    x = torch::stable::contiguous(x);
-    residual = torch::stable::contiguous(residual);
+    x = contiguous(x);
+    residual = contiguous(residual);
   }
   const LaunchRows<2> rows({&x, &residual}, 1);
   cuda::RmsNorm a = {};
@@ -59,16 +59,16 @@ std::tuple<Tensor, Tensor> run_backward(const Tensor& dy_in, const Tensor* dtota
                                         const Tensor& weight_in, const Tensor& rstd_in, bool model) {
   const Device device(x_in);
   Tensor dy = unit_stride(dy_in), x = unit_stride(x_in), dtotal = dtotal_in ? unit_stride(*dtotal_in) : x;
-  const Tensor weight = unit_stride(weight_in), rstd = torch::stable::contiguous(rstd_in);
+  const Tensor weight = unit_stride(weight_in), rstd = contiguous(rstd_in);
   STD_TORCH_CHECK(dtype_of(dy) == dtype_of(weight), "dy must have the weight's dtype");
   STD_TORCH_CHECK(dtype_of(dtotal) == dtype_of(x), "dtotal must have the total's dtype");
   const int64_t n = x.size(x.dim() - 1);
   Tensor dx = device_empty(x.sizes(), dtype_of(x), x), dweight = device_empty(weight.sizes(), dtype_of(weight), x);
   if (!x.numel()) return {dx, torch::stable::zero_(dweight)};
   if (!LaunchRows<3>({&dy, &x, &dtotal}, 1).fits) {
-    dy = torch::stable::contiguous(dy);
-    x = torch::stable::contiguous(x);
-    dtotal = torch::stable::contiguous(dtotal);
+    dy = contiguous(dy);
+    x = contiguous(x);
+    dtotal = contiguous(dtotal);
   }
   const LaunchRows<3> rows({&dy, &x, &dtotal}, 1);
   const int64_t groups = mk_cuda_rms_norm_groups(rows.sizes.rows, n);
@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor> add_rms_norm_backward(const Tensor& dy, const Tensor&
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, MK_CUDA_KEY, m) {
-  m.impl("rms_norm_cuda", TORCH_BOX(&mk::rms_norm));
-  m.impl("add_rms_norm_cuda", TORCH_BOX(&mk::add_rms_norm));
-  m.impl("rms_norm_backward_cuda", TORCH_BOX(&mk::rms_norm_backward));
-  m.impl("add_rms_norm_backward_cuda", TORCH_BOX(&mk::add_rms_norm_backward));
+  m.impl("rms_norm_cuda", mk::boxed<&mk::rms_norm>);
+  m.impl("add_rms_norm_cuda", mk::boxed<&mk::add_rms_norm>);
+  m.impl("rms_norm_backward_cuda", mk::boxed<&mk::rms_norm_backward>);
+  m.impl("add_rms_norm_backward_cuda", mk::boxed<&mk::add_rms_norm_backward>);
 }

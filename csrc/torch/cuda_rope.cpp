@@ -7,8 +7,6 @@
 namespace mk {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 cuda::RopeHeads heads_of(const Tensor& t, const cuda::RowStrides& rows) {
   const int64_t heads = t.size(-2);
   return {device_data(t), rows, heads > 1 ? t.stride(-2) : 0, static_cast<int>(heads)};
@@ -17,7 +15,7 @@ cuda::RopeHeads heads_of(const Tensor& t, const cuda::RowStrides& rows) {
 void set_positions(cuda::Rope& a, const Tensor& positions, int64_t tokens) {
   STD_TORCH_CHECK(positions.numel() == tokens, "positions must hold one a token");
   a.positions = device_data(positions);
-  a.wide_positions = positions.scalar_type() == torch::headeronly::ScalarType::Long;
+  a.wide_positions = positions.scalar_type() == ScalarType::Long;
 }
 
 void set_tables(cuda::Rope& a, const Tensor& cos, const Tensor& sin, bool adjacent, bool inverse) {
@@ -34,12 +32,12 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_in, const Tensor& k_in, const Te
                                 Maybe positions, bool adjacent, bool inverse) {
   const Device device(q_in);
   const Tensor q = unit_stride(q_in), k = unit_stride(k_in);
-  const Tensor cos = torch::stable::contiguous(cos_in), sin = torch::stable::contiguous(sin_in);
+  const Tensor cos = contiguous(cos_in), sin = contiguous(sin_in);
   STD_TORCH_CHECK(dtype_of(q) == dtype_of(k), "q and k must be of one dtype");
   Tensor q_out = device_empty(q.sizes(), dtype_of(q), q), k_out = device_empty(k.sizes(), dtype_of(k), k);
   if (!q.numel() && !k.numel()) return {q_out, k_out};
   const LaunchRows<2> rows({&q, &k}, 2);
-  const Tensor flat = positions ? torch::stable::contiguous(*positions) : cos;
+  const Tensor flat = positions ? contiguous(*positions) : cos;
   cuda::Rope a = {};
   a.q = heads_of(q, rows.strides[0]), a.k = heads_of(k, rows.strides[1]);
   a.q_out = device_mutable_data(q_out), a.k_out = device_mutable_data(k_out);
@@ -62,7 +60,7 @@ class Ring {
   }
 
   void finish() {
-    if (inside_.get() != cache_.get()) torch::stable::copy_(cache_, inside_);
+    if (!inside_.is(cache_)) torch::stable::copy_(cache_, inside_);
   }
 
  private:
@@ -81,7 +79,7 @@ void write(const Device& device, cuda::Rope& a, const Tensor* q, const Tensor& k
   a.sequences = static_cast<int>(k_cache.size(0)), a.slots = k_cache.size(1);
   a.length = k.dim() == 4 ? k.size(1) : 1;
   set_positions(a, positions, rows.sizes.rows);
-  const Tensor ends = cu ? torch::stable::contiguous(*cu) : positions;
+  const Tensor ends = cu ? contiguous(*cu) : positions;
   if (cu) a.cu = static_cast<const int32_t*>(device_data(ends));
   Ring keys(k_cache), values(v_cache);
   a.k_ring = keys.describe(), a.v_ring = values.describe();
@@ -96,7 +94,7 @@ void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Ten
   const Device device(k);
   cuda::Rope a = {};
   a.dim = static_cast<int>(k.size(-1));
-  write(device, a, nullptr, unit_stride(k), unit_stride(v), k_cache, v_cache, torch::stable::contiguous(positions), cu);
+  write(device, a, nullptr, unit_stride(k), unit_stride(v), k_cache, v_cache, contiguous(positions), cu);
 }
 
 std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q_in, const Tensor& k, const Tensor& v, const Tensor& k_cache,
@@ -104,14 +102,14 @@ std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q_in, const Tensor& k, co
                                          const Tensor& sin_in, Maybe cu, bool adjacent) {
   const Device device(q_in);
   const Tensor q = unit_stride(q_in);
-  const Tensor cos = torch::stable::contiguous(cos_in), sin = torch::stable::contiguous(sin_in);
+  const Tensor cos = contiguous(cos_in), sin = contiguous(sin_in);
   Tensor q_out = device_empty(q.sizes(), dtype_of(q), q), k_out = device_empty(k.sizes(), dtype_of(k), k);
   if (!q.numel() && !k.numel()) return {q_out, k_out};
   cuda::Rope a = {};
   a.dim = static_cast<int>(q.size(-1));
   a.q_out = device_mutable_data(q_out), a.k_out = device_mutable_data(k_out);
   set_tables(a, cos, sin, adjacent, false);
-  write(device, a, &q, unit_stride(k), unit_stride(v), k_cache, v_cache, torch::stable::contiguous(positions), cu);
+  write(device, a, &q, unit_stride(k), unit_stride(v), k_cache, v_cache, contiguous(positions), cu);
   return {q_out, k_out};
 }
 
@@ -119,7 +117,7 @@ std::tuple<Tensor, Tensor> rope_write_kv(const Tensor& q_in, const Tensor& k, co
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, MK_CUDA_KEY, m) {
-  m.impl("rope_cuda", TORCH_BOX(&mk::rope));
-  m.impl("rope_write_kv_cuda", TORCH_BOX(&mk::rope_write_kv));
-  m.impl("write_kv_cuda", TORCH_BOX(&mk::write_kv));
+  m.impl("rope_cuda", mk::boxed<&mk::rope>);
+  m.impl("rope_write_kv_cuda", mk::boxed<&mk::rope_write_kv>);
+  m.impl("write_kv_cuda", mk::boxed<&mk::write_kv>);
 }

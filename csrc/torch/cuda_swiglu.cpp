@@ -19,9 +19,9 @@ Tensor half_of(Tensor t, int half) {
 cuda::Swiglu describe(Tensor& dy, Tensor& gate, Tensor& up, bool packed) {
   const bool flat = !packed && dy.is_contiguous() && gate.is_contiguous() && up.is_contiguous();
   if (!LaunchRows<3>({&dy, &gate, &up}, gate.dim() ? 1 : 0).fits) {
-    dy = torch::stable::contiguous(dy);
-    gate = torch::stable::contiguous(gate);
-    up = torch::stable::contiguous(up);
+    dy = contiguous(dy);
+    gate = contiguous(gate);
+    up = contiguous(up);
   }
   const LaunchRows<3> rows({&dy, &gate, &up}, gate.dim() ? 1 : 0);
   cuda::Swiglu a = {};
@@ -87,8 +87,8 @@ Tensor swiglu_packed_backward(const Tensor& dy_in, const Tensor& gate_up_in) {
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, MK_CUDA_KEY, m) {
-  m.impl("swiglu_cuda", TORCH_BOX(&mk::swiglu));
-  m.impl("swiglu_packed_cuda", TORCH_BOX(&mk::swiglu_packed));
-  m.impl("swiglu_backward_cuda", TORCH_BOX(&mk::swiglu_backward));
-  m.impl("swiglu_packed_backward_cuda", TORCH_BOX(&mk::swiglu_packed_backward));
+  m.impl("swiglu_cuda", mk::boxed<&mk::swiglu>);
+  m.impl("swiglu_packed_cuda", mk::boxed<&mk::swiglu_packed>);
+  m.impl("swiglu_backward_cuda", mk::boxed<&mk::swiglu_backward>);
+  m.impl("swiglu_packed_backward_cuda", mk::boxed<&mk::swiglu_packed_backward>);
 }

@@ -158,4 +158,4 @@ std::tuple<Tensor, Tensor> decode_layers(const Tensor& x, std::vector<Tensor> we
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { m.impl("decode_layers", TORCH_BOX(&mk::decode_layers)); }
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { m.impl("decode_layers", mk::boxed<&mk::decode_layers>); }

@@ -47,9 +47,9 @@ void multiply_widened(const Tensor& x_in, const Tensor& weight, const Maybe& bia
   const int64_t k = weight.size(1), n = weight.size(0), size = size_of(dtype_of(out));
   const int64_t most = std::max<int64_t>(64, block_elements / std::max<int64_t>({k, rows, 1})),
                 words = std::min(most, n);
-  Tensor x = empty({rows, k}, Dtype::f32), x_rows = torch::stable::view(torch::stable::contiguous(x_in), {rows, k});
+  Tensor x = empty({rows, k}, Dtype::f32), x_rows = torch::stable::view(contiguous(x_in), {rows, k});
   torch::stable::copy_(x, x_rows);
-  const Tensor along = bias ? torch::stable::contiguous(*bias) : x;
+  const Tensor along = bias ? contiguous(*bias) : x;
   const Tensor wide = empty({words, k}, Dtype::f32), products = empty({rows * words}, Dtype::f32);
   const auto round = pick(linear_tiers).round[static_cast<int>(dtype_of(out))];
   for (int64_t first = 0; first < n; first += words) {
@@ -110,10 +110,10 @@ Product prepare(const Tensor& x_in, const Tensor& weight, const Maybe& bias) {
   STD_TORCH_CHECK(dtype_of(x_in) == dtype && (!bias || dtype_of(*bias) == dtype),
                   "x, weight and bias must be of one dtype");
   Tensor x = unit_stride(x_in);
-  if (rows > 1 && Rows<1>({&x}, 1).runs() > 1) x = torch::stable::contiguous(x);
+  if (rows > 1 && Rows<1>({&x}, 1).runs() > 1) x = contiguous(x);
   int64_t sizes[max_dims];
   for (int64_t d = 0; d < dims; d++) sizes[d] = d + 1 < dims ? x.size(d) : n;
-  Product p{empty({sizes, static_cast<size_t>(dims)}, dtype), x, bias ? torch::stable::contiguous(*bias) : x};
+  Product p{empty({sizes, static_cast<size_t>(dims)}, dtype), x, bias ? contiguous(*bias) : x};
   if (!p.out.numel()) return p;
   p.kernel = kernel;
   p.all = {data(x),
@@ -174,4 +174,4 @@ std::vector<Tensor> linear_all(const Tensor& x, const std::vector<LinearPart>& p
 
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { m.impl("linear", TORCH_BOX(&mk::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { mk::implement<&mk::linear>(m, "linear"); }

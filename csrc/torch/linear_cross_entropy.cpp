@@ -74,7 +74,7 @@ class Loss {
         words_(words_of_block(tokens_, vocabulary_, chunk)),
         hidden_(closed_rows(hidden_in)),
         weight_(weight_in),
-        labels_(torch::stable::contiguous(labels_in)),
+        labels_(contiguous(labels_in)),
         logits_(tokens_ * words_, products_),
         converted_(dtype_ == products_ ? 0 : words_ * n_, products_),
         ignore_index_(ignore_index) {
@@ -104,7 +104,7 @@ class Loss {
     STD_TORCH_CHECK(
         dlosses_in.dim() == 1 && dlosses_in.numel() == tokens_ && lse_in.dim() == 1 && lse_in.numel() == tokens_,
         "dlosses and lse must be [", tokens_, "]");
-    const Tensor dlosses = torch::stable::contiguous(dlosses_in), lse = torch::stable::contiguous(lse_in);
+    const Tensor dlosses = contiguous(dlosses_in), lse = contiguous(lse_in);
     const int64_t size = size_of(wide(dtype_));
     const auto kernel = kernels_.gradients[static_cast<int>(dtype_)];
     Tensor dhidden = of_hidden ? empty({tokens_, n_}, dtype_) : empty({0}, dtype_);
@@ -136,7 +136,7 @@ class Loss {
         products_ == Dtype::f64 ? add<double>(total, more) : add<float>(total, more);
       }
     });
-    if (of_hidden && total.get() != dhidden.get()) {
+    if (of_hidden && !total.is(dhidden)) {
       Tensor rows = rows_of(total, 0, tokens_);
       torch::stable::copy_(dhidden, torch::stable::narrow(rows, 1, 0, n_));
     }
@@ -153,9 +153,7 @@ class Loss {
     STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) == hidden.size(1),
                     "hidden must be [T, N] and weight [V, N], V at least 1");
     STD_TORCH_CHECK(dtype_of(weight) == dtype_of(hidden), "hidden and weight must be of one dtype");
-    int32_t dtype;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(labels.get(), &dtype));
-    STD_TORCH_CHECK(dtype == aoti_torch_dtype_int64() && labels.dim() == 1 && labels.numel() == hidden.size(0),
+    STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 && labels.numel() == hidden.size(0),
                     "labels must be int64 [", hidden.size(0), "]");
     return hidden.size(0);
   }
@@ -274,6 +272,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dlosses, const Tensor& hidden,
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("linear_cross_entropy", TORCH_BOX(&mk::forward));
-  m.impl("linear_cross_entropy_backward", TORCH_BOX(&mk::backward));
+  m.impl("linear_cross_entropy", mk::boxed<&mk::forward>);
+  m.impl("linear_cross_entropy_backward", mk::boxed<&mk::backward>);
 }

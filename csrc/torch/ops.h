@@ -8,8 +8,6 @@
 
 namespace mk {
 
-using Maybe = std::optional<Tensor>;
-
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, bool model);
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                 double eps, bool model);

@@ -12,6 +12,6 @@ Tensor closed_rows(const Tensor& t);
 Tensor torch_linear(const Tensor& x, const Tensor& weight, const Maybe& bias);
 
 // out = a . b, in place.
-void torch_mm(Tensor& out, const Tensor& a, const Tensor& b);
+void torch_mm(const Tensor& out, const Tensor& a, const Tensor& b);
 
 }  // namespace mk

@@ -30,7 +30,7 @@ struct Call {
 // Contiguous; asked of torch only where it is not.
 Tensor packed(const Tensor& t) {
   const bool is = t.stride(1) == 1 || t.size(1) == 1;
-  return is && (t.stride(0) == t.size(1) || t.size(0) == 1) ? t : torch::stable::contiguous(t);
+  return is && (t.stride(0) == t.size(1) || t.size(0) == 1) ? t : contiguous(t);
 }
 
 // ---- float64: for gradcheck, without any speed ----
@@ -94,7 +94,7 @@ Tensor rounded_in_float64(const Call& c) {
 
 template <class F>
 void share_outputs(const Call& c, int64_t bytes_of_row, void* out, const F& run) {
-  const Tensor along = c.bias ? torch::stable::contiguous(*c.bias) : c.x;
+  const Tensor along = c.bias ? contiguous(*c.bias) : c.x;
   const int64_t n = c.weight.n, groups = (n + quant_group - 1) / quant_group;
   in_parallel(groups, std::max<int64_t>(1, grain_bytes / std::max<int64_t>(1, quant_group * bytes_of_row)),
               [&](int64_t begin, int64_t end) {
@@ -124,6 +124,7 @@ bool multiply_rows(const Call& c, void* out) {
 }
 
 Tensor multiply_dequantised(const Call& c, const Tensor& x) {
+  x.needs_torch();
   const auto dequantise = pick(quant_linear_tiers).dequantise[static_cast<int>(c.dtype)];
   const Tensor weight = empty({c.weight.n, c.weight.k}, c.dtype);
   in_parallel(c.weight.n, grain_rows(c.weight.k), [&](int64_t begin, int64_t end) {
@@ -164,7 +165,7 @@ Tensor run(Scheme scheme, const Tensor& x_in, const Tensor& codes_in, const Tens
   const int64_t k = x_in.size(-1), n = codes.size(0), dims = x_in.dim();
   const Dtype dtype = dtype_of(x_in);
   Tensor x = unit_stride(x_in);
-  if (dims > max_dims || Rows<1>({&x}, 1).runs() > 1) x = torch::stable::contiguous(x);
+  if (dims > max_dims || Rows<1>({&x}, 1).runs() > 1) x = contiguous(x);
   STD_TORCH_CHECK(dims <= max_dims, "x has ", dims, " dimensions; at most ", max_dims, " are supported");
   int64_t sizes[max_dims], rows = 1;
   for (int64_t d = 0; d < dims; d++) sizes[d] = d + 1 < dims ? x.size(d) : n;
@@ -182,7 +183,8 @@ Tensor run(Scheme scheme, const Tensor& x_in, const Tensor& codes_in, const Tens
                            k};
   const Call c{x, codes, scale, offset, bias, weight, dtype, rows, rows > 1 ? Rows<1>({&x}, 1).stride(0) : 0};
   if (dtype == Dtype::f64) {
-    const Tensor flat = scheme == Scheme::w8a8 ? torch::stable::reshape(rounded_in_float64(c), x.sizes()) : x;
+    x.needs_torch();
+    const Tensor flat = scheme == Scheme::w8a8 ? Tensor(torch::stable::reshape(rounded_in_float64(c), x.sizes())) : x;
     return torch_linear(flat, weight_in_float64(scheme, c), bias);
   }
   if (scheme != Scheme::w8a8 && !are_few(c)) return multiply_dequantised(c, x);
@@ -216,8 +218,8 @@ Tensor linear_nf4(const Tensor& x, const Tensor& codes, const Tensor& scale, May
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("linear_int8", TORCH_BOX(&mk::linear_int8));
-  m.impl("linear_w8a8", TORCH_BOX(&mk::linear_w8a8));
-  m.impl("linear_int4", TORCH_BOX(&mk::linear_int4));
-  m.impl("linear_nf4", TORCH_BOX(&mk::linear_nf4));
+  mk::implement<&mk::linear_int8>(m, "linear_int8");
+  mk::implement<&mk::linear_w8a8>(m, "linear_w8a8");
+  mk::implement<&mk::linear_int4>(m, "linear_int4");
+  mk::implement<&mk::linear_nf4>(m, "linear_nf4");
 }

@@ -13,9 +13,7 @@ inline void check_quantised(Scheme scheme, const Tensor& x, const Tensor& codes,
   STD_TORCH_CHECK(x.dim() >= 1 && codes.dim() == 2 && scale.dim() == 2, "x must be [..., K], codes and scale 2-D");
   const int64_t k = x.size(-1), n = codes.size(0);
   const bool bytes = in_bytes(scheme);
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(codes.get(), &dtype));
-  STD_TORCH_CHECK(dtype == (bytes ? aoti_torch_dtype_int8() : aoti_torch_dtype_uint8()), "codes must be ",
+  STD_TORCH_CHECK(codes.scalar_type() == (bytes ? ScalarType::Char : ScalarType::Byte), "codes must be ",
                   bytes ? "int8" : "uint8");
   STD_TORCH_CHECK(codes.size(1) == (bytes ? k : (k + 31) / 32 * 16), "codes must be [N, ",
                   bytes ? "K" : "16 * ceil(K / 32)", "] for x [..., K]");

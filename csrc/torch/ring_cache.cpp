@@ -32,7 +32,7 @@ std::vector<Target> targets_of(const Positions& positions, int64_t tokens, const
   const int64_t batch = cache.size(0), slots = cache.size(1);
   std::vector<Target> targets(tokens);
   if (cu) {
-    const Tensor ends = torch::stable::contiguous(*cu);
+    const Tensor ends = contiguous(*cu);
     check_ends(ends, batch, tokens);
     const int32_t* at = static_cast<const int32_t*>(ends.const_data_ptr());
     for (int64_t b = 0; b < batch; b++) aim(targets, positions, b, at[b], at[b + 1], slots);
@@ -78,7 +78,7 @@ class Ring {
   }
 
   void finish() {
-    if (inside_.get() != cache_.get()) torch::stable::copy_(cache_, inside_);
+    if (!inside_.is(cache_)) torch::stable::copy_(cache_, inside_);
   }
 
  private:
@@ -115,7 +115,7 @@ void check(const Tensor& k, const Tensor& v, const Rings& rings, const Tensor& p
 }
 
 void write(const Tensor& k_in, const Tensor& v_in, const Rings& rings, const Tensor& positions_in, const Maybe& cu) {
-  const Tensor k = unit_stride(k_in), v = unit_stride(v_in), flat = torch::stable::contiguous(positions_in);
+  const Tensor k = unit_stride(k_in), v = unit_stride(v_in), flat = contiguous(positions_in);
   const Rows<2> rows({&k, &v}, 2);
   check(k, v, rings, positions_in, cu);
   if (!rows.count() || !rings.k_cache.numel()) return;
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> rotate_and_write(const Tensor& q_in, const Tensor& k_
                                             const Rings& rings, const Tensor& positions_in, const Tensor& cos,
                                             const Tensor& sin, const Maybe& cu, bool adjacent) {
   const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
-  const Tensor flat = torch::stable::contiguous(positions_in);
+  const Tensor flat = contiguous(positions_in);
   const Rotation rotation(q, k, unit_stride(cos), unit_stride(sin), adjacent, false, true);
   const Rows<3> rows({&q, &k, &v}, 2);
   check(k, v, rings, positions_in, cu);
@@ -216,8 +216,8 @@ std::tuple<Tensor, Tensor> rope_write_kv_int8(const Tensor& q, const Tensor& k, 
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("write_kv", TORCH_BOX(&mk::write_kv));
-  m.impl("write_kv_int8", TORCH_BOX(&mk::write_kv_int8));
-  m.impl("rope_write_kv", TORCH_BOX(&mk::rope_write_kv));
-  m.impl("rope_write_kv_int8", TORCH_BOX(&mk::rope_write_kv_int8));
+  mk::implement<&mk::write_kv>(m, "write_kv");
+  mk::implement<&mk::write_kv_int8>(m, "write_kv_int8");
+  mk::implement<&mk::rope_write_kv>(m, "rope_write_kv");
+  mk::implement<&mk::rope_write_kv_int8>(m, "rope_write_kv_int8");
 }

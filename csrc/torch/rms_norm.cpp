@@ -59,6 +59,6 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_in, const Tensor
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&mk::rms_norm));
-  m.impl("add_rms_norm", TORCH_BOX(&mk::add_rms_norm));
+  mk::implement<&mk::rms_norm>(m, "rms_norm");
+  mk::implement<&mk::add_rms_norm>(m, "add_rms_norm");
 }

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& dy, const Tensor* dtotal, const Ten
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                              const Tensor& rstd, bool model) {
-  return run(unit_stride(dy), nullptr, unit_stride(x), unit_stride(weight), torch::stable::contiguous(rstd), model);
+  return run(unit_stride(dy), nullptr, unit_stride(x), unit_stride(weight), contiguous(rstd), model);
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm_backward(const Tensor& dy, const Tensor& dtotal_in, const Tensor& total,
@@ -71,13 +71,13 @@ std::tuple<Tensor, Tensor> add_rms_norm_backward(const Tensor& dy, const Tensor&
   const Tensor dtotal = unit_stride(dtotal_in);
   STD_TORCH_CHECK(dtype_of(dtotal) == dtype_of(total) && dtotal.dim() == total.dim() && dtotal.numel() == total.numel(),
                   "dtotal must have total's shape and dtype");
-  return run(unit_stride(dy), &dtotal, unit_stride(total), unit_stride(weight), torch::stable::contiguous(rstd), model);
+  return run(unit_stride(dy), &dtotal, unit_stride(total), unit_stride(weight), contiguous(rstd), model);
 }
 
 }  // namespace
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("rms_norm_backward", TORCH_BOX(&mk::rms_norm_backward));
-  m.impl("add_rms_norm_backward", TORCH_BOX(&mk::add_rms_norm_backward));
+  mk::implement<&mk::rms_norm_backward>(m, "rms_norm_backward");
+  mk::implement<&mk::add_rms_norm_backward>(m, "add_rms_norm_backward");
 }

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_in, const Tensor& k_in, const Te
   const Rows<2> rows({&q, &k}, 2);
   if (positions) {
     check_positions(*positions, q);
-    const Tensor flat = torch::stable::contiguous(*positions);
+    const Tensor flat = contiguous(*positions);
     const Positions at(flat);
     rotate_all(rotation, rows, [&](int64_t token) { return at[token]; });
   } else {
@@ -91,4 +91,4 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q_in, const Tensor& k_in, const Te
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { m.impl("rope", TORCH_BOX(&mk::rope)); }
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { mk::implement<&mk::rope>(m, "rope"); }

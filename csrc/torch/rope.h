@@ -11,8 +11,8 @@ namespace mk {
 // int32 or int64 values, read one by one.
 class Positions {
  public:
-  explicit Positions(const Tensor& t) : data_(data(t)), wide_(t.scalar_type() == torch::headeronly::ScalarType::Long) {
-    STD_TORCH_CHECK(wide_ || t.scalar_type() == torch::headeronly::ScalarType::Int, "positions must be int32 or int64");
+  explicit Positions(const Tensor& t) : data_(data(t)), wide_(t.scalar_type() == ScalarType::Long) {
+    STD_TORCH_CHECK(wide_ || t.scalar_type() == ScalarType::Int, "positions must be int32 or int64");
   }
   int64_t operator[](int64_t i) const {
     return wide_ ? reinterpret_cast<const int64_t*>(data_)[i] : reinterpret_cast<const int32_t*>(data_)[i];

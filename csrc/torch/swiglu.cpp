@@ -49,7 +49,11 @@ namespace {
 Tensor swiglu_packed(const Tensor& packed) {
   const Tensor both = unit_stride(packed);
   const Dtype dtype = dtype_of(both);
-  const int64_t dims = both.dim(), n = both.size(dims - 1) / 2;
+  const int64_t dims = both.dim();
+  on_cpu({&both});
+  STD_TORCH_CHECK(dims >= 1 && dims <= max_dims && both.size(dims - 1) % 2 == 0, "gate_up must be [..., 2F], of at most ",
+                  max_dims, " dimensions");
+  const int64_t n = both.size(dims - 1) / 2;
   int64_t sizes[max_dims];
   for (int64_t d = 0; d < dims; d++) sizes[d] = d + 1 < dims ? both.size(d) : n;
   Tensor out = empty({sizes, static_cast<size_t>(dims)}, dtype);
@@ -63,6 +67,6 @@ Tensor swiglu_packed(const Tensor& packed) {
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("swiglu", TORCH_BOX(&mk::swiglu));
-  m.impl("swiglu_packed", TORCH_BOX(&mk::swiglu_packed));
+  mk::implement<&mk::swiglu>(m, "swiglu");
+  mk::implement<&mk::swiglu_packed>(m, "swiglu_packed");
 }

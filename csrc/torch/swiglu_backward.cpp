@@ -67,6 +67,6 @@ Tensor swiglu_packed_backward(const Tensor& dy_in, const Tensor& packed) {
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("swiglu_backward", TORCH_BOX(&mk::swiglu_backward));
-  m.impl("swiglu_packed_backward", TORCH_BOX(&mk::swiglu_packed_backward));
+  mk::implement<&mk::swiglu_backward>(m, "swiglu_backward");
+  mk::implement<&mk::swiglu_packed_backward>(m, "swiglu_packed_backward");
 }

@@ -19,35 +19,6 @@ def given(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return {name: t for name, t in tensors.items() if t is not None}
 
 
-def plain(*tensors: torch.Tensor) -> bool:
-    """Whether these are strided tensors on the CPU of one of the four dtypes, and of no class of their own.
-
-    Then `floating` and `promote` have nothing to do, and a C++ kernel may be called past the dispatcher
-    (`Op.plain`). False while tracing.
-    """
-    if torch.compiler.is_compiling() or type(tensors[0]) not in PLAIN:
-        return False
-    dtype = tensors[0].dtype
-    for t in tensors:
-        if type(t) not in PLAIN or t.dtype != dtype or not t.is_cpu or t.layout != torch.strided or t.is_neg():
-            return False
-    return dtype in FLOATS
-
-
-def alike(*tensors: Any) -> bool:
-    """Whether these are tensors of one dtype: others are converted first, and no kernel would take them."""
-    dtype = getattr(tensors[0], "dtype", None)
-    for t in tensors:  # noqa: SIM110 - all() takes longer than the comparisons
-        if not isinstance(t, torch.Tensor) or t.dtype != dtype:
-            return False
-    return True
-
-
-def plain_indices(*tensors: torch.Tensor | None) -> bool:
-    """Beside tensors that are `plain`: whether these, positions or lengths, are of no class of their own either."""
-    return all(t is None or type(t) in PLAIN for t in tensors)
-
-
 def floating(**tensors: torch.Tensor) -> None:
     """Each is a tensor of float32, bfloat16, float16 or float64, all on one device."""
     first = None

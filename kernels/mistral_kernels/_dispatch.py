@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad, profiler
 
-from . import _checks, _library
+from . import _checks, _direct, _library
 
 IMPLS = ("reference", "cpu", "cuda", "triton", "flash_attn")
 SHORT_ELEMENTS = 2**23
-CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 @functools.cache
@@ -135,6 +134,7 @@ class Op:
         cuda_supports: returns why that cannot do these arguments, or None.
         flash, flash_supports: functions of `attention.flash`: the op by flash-attn, called as it is, so that autograd
             sees flash-attn's own operators; and why that cannot do these arguments, or None.
+        hidden: so many of the last outputs are for the backward alone.
         setup_context, backward: as `torch.library.register_autograd` takes them; ctx.impl is "triton" or "cuda" where
             that was asked for, else None. An op without a backward raises when it is differentiated.
     """
@@ -153,6 +153,7 @@ class Op:
         cuda_supports: Callable[..., str | None] = _supports_any,
         flash: str | None = None,
         flash_supports: str = "supports",
+        hidden: int = 0,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
     ):
@@ -169,8 +170,7 @@ class Op:
         self._transformed: dict[Any, Any] = {}
         self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
-        # The kernel alone: for a short call the whole dispatcher is the longer way.
-        self._cpu_kernel = functools.partial(self._auto._handle.redispatch_boxed, CPU) if self.compiled else None
+        self._at_once, self._run_directly = _direct.calls(self._auto, hidden) if self.compiled else 2 * (_direct.never,)
         if not self.compiled:
             _library.library.impl(self.name, self._torch, "CPU")
         if not _library.has_kernel(self.name, "CUDA"):
@@ -287,28 +287,11 @@ class Op:
             return getattr(_flash(), str(self._flash))(*args)
         return self._call({"triton": self._triton, "cuda": self._cuda}.get(impl, self._auto), args)
 
-    def plain(self, *args: Any) -> Any:
-        """The same as `self(None, *args)` for arguments of which `_checks.plain` says that they are so."""
-        if self._cpu_kernel is None or _something_listens() or forward_ad._current_level >= 0:
-            return self._call(self._auto, args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            function = self._functions.get(self._auto)
-            return self._call(self._auto, args) if function is None else function.apply(*args)
-        return self._cpu_kernel(*args)
-
     def at_once(self, *args: Any) -> Any:
-        """What the C++ kernel makes of arguments that nobody has checked. None where it refuses them, to be checked
-        with better words, and where somebody would see the call or differentiate it."""
-        if torch.compiler.is_compiling() or self._cpu_kernel is None or not getattr(args[0], "is_cpu", False):
-            return None
-        if _something_listens() or not _as_they_are(args):
-            return None
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return None
-        try:
-            return self._cpu_kernel(*args)
-        except Exception:
-            return None
+        """What the C++ kernel makes of arguments that nobody has checked, without the outputs for the backward. None
+        where it refuses them, to be checked with better words, and where somebody would see or differentiate the
+        call."""
+        return None if torch.compiler.is_dynamo_compiling() else self._at_once(*args)
 
     def _call(self, op: Any, args: tuple) -> Any:
         """Calls `op` past its registered autograd, which is Python: alone where nothing is differentiated, else as the
@@ -331,13 +314,13 @@ class Op:
     def _below_autograd(self, op: Any, args: tuple) -> Any:
         """Runs `op`. On a GPU the dispatcher would come back to `_run_on_gpu`, through a slow door, and to a kernel in
         C++ it is the longer way: where nothing else listens, they are called at once."""
-        if op is self._auto and not _something_listens():
-            tensors = _tensors(args)
-            if tensors[0].is_cuda and _as_they_are(tensors):
-                with torch._C._AutoDispatchBelowAutograd():
-                    return self._run_on_gpu(*args)
-            if self._cpu_kernel is not None and _dense_on_cpu(tensors):
-                return self._cpu_kernel(*args)
+        if op is self._auto:
+            if args[0].is_cuda:
+                if not _something_listens() and _as_they_are(_tensors(args)):
+                    with torch._C._AutoDispatchBelowAutograd():
+                        return self._run_on_gpu(*args)
+            elif (done := self._run_directly(*args)) is not None:
+                return done
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
@@ -354,21 +337,9 @@ def _as_they_are(args: Iterable[Any]) -> bool:
     return True
 
 
-def _dense_on_cpu(tensors: list[torch.Tensor]) -> bool:
-    """Whether the dispatcher would hand these to the CPU kernel as they are; of whatever dtypes, since rstd, lse and
-    tables are wider than the rest."""
-    return _as_they_are(tensors) and all(t.is_cpu and t.layout == torch.strided for t in tensors)
-
-
 def _something_listens() -> bool:
     """Whether a mode, a transform of torch.func, a tracer or the profiler would see a call through the dispatcher."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or profiler._is_profiler_enabled
-    )
+    return any(listener() for listener in _direct.LISTENERS) or profiler._is_profiler_enabled
 
 
 def _set_up(save: Callable, impl: str | None, ctx: Any, inputs: tuple, output: Any) -> None:

@@ -105,6 +105,12 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else _checks.number("scale", scale, finite=True)
 
 
+def scale_of(scale: float | None, q: torch.Tensor) -> float | None:
+    """The scale for queries like q, of which nobody knows yet whether they are such; None where they have none."""
+    shape = getattr(q, "shape", ())
+    return shape[-1] ** -0.5 if scale is None and shape and shape[-1] else scale
+
+
 def longest_of(cu: torch.Tensor) -> int:
     """The longest of the packed sequences. By numbers of Python: torch's ops take longer than a batch is long."""
     return max((b - a for a, b in itertools.pairwise(cu.tolist())), default=0)
@@ -220,10 +226,13 @@ def attention(
         ValueError: shapes, devices, window, scale, cu_seqlens or max_seqlen do not fit.
         NotImplementedError: `impl` cannot run here.
     """
-    plain = impl is None and cu_seqlens_q is None and _checks.plain(q, k, v)
-    if not plain:
-        _checks.floating(q=q, k=k, v=v)
     width = check_window(window)
+    if impl is None and not torch.is_autocast_enabled("cpu") and (cu_seqlens_q is None or max_seqlen_q is max_seqlen_k is None):
+        cu = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        done = _attention.at_once(q, k, v, width, scale_of(scale, q), causal, cu_seqlens_q, cu, 0, 0)
+        if done is not None:
+            return done if return_lse else done[0]
+    _checks.floating(q=q, k=k, v=v)
     causal = _checks.flag("causal", causal)
     if width and not causal:
         raise ValueError(f"window is {window} with causal=False; a window needs causal=True")
@@ -239,9 +248,6 @@ def attention(
         max_k = check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
     check_heads(q, k, v)
     scale = check_scale(scale, q.shape[-1])
-    if plain and not _checks.autocast_is_on("cpu"):
-        out, lse = _attention.plain(q, k, v, width, scale, causal, None, None, max_q, max_k)
-        return (out, lse) if return_lse else out
     q, k, v = _checks.promote(*_checks.autocast(q, k, v))
     out, lse = _attention(impl, q, k, v, width, scale, causal, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     return (out, lse) if return_lse else out

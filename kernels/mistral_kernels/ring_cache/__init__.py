@@ -24,12 +24,13 @@ from ..attention import (
     check_heads,
     check_longest,
     check_scale,
+    scale_of,
     check_window,
     cuda_supports,
     hopper_first,
     longest_of,
 )
-from ..rope import POSITION_DTYPES, check_tables, tables_fit
+from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
 from . import int8, reference
 
@@ -159,6 +160,13 @@ def _check_float_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, **tensors:
             raise ValueError(f"{name} is on {t.device} but the tokens are on {device}; they must be on one device")
 
 
+def _write_at_once(k, v, k_cache, v_cache, k_scale, v_scale, positions, cu):
+    """`write_kv` by a kernel that looks at its arguments itself; whether it was done."""
+    if k_scale is None and v_scale is None:
+        return _write_kv.at_once(k, v, k_cache, v_cache, positions, cu) is not None
+    return _write_kv_int8.at_once(k, v, k_cache, v_cache, k_scale, v_scale, positions, cu) is not None
+
+
 def write_kv(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -190,15 +198,13 @@ def write_kv(
         TypeError, ValueError: a tensor that does not fit.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    plain = impl is None and k_scale is None and _checks.plain(k, v, k_cache, v_cache)
-    if not plain:
-        _check_float_caches(k_cache, v_cache, k=k, v=v)
+    if impl is None and _write_at_once(k, v, k_cache, v_cache, k_scale, v_scale, positions, cu_seqlens):
+        return
+    _check_float_caches(k_cache, v_cache, k=k, v=v)
     codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
     _checks.no_gradient("write_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     if codes:
         _write_kv_int8(impl, k, v, k_cache, v_cache, k_scale, v_scale, positions, cu_seqlens)
-    elif plain and _checks.plain_indices(positions, cu_seqlens):
-        _write_kv.plain(k, v, k_cache, v_cache, positions, cu_seqlens)
     else:
         _write_kv(impl, k, v, k_cache, v_cache, positions, cu_seqlens)
 
@@ -235,11 +241,15 @@ def rope_write_kv(
             such a token's q and k become NaN, and NaN is written.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    interleaved = _checks.flag("interleaved", interleaved)
-    if impl is None and k_scale is None and v_scale is None and tables_fit(q, cos):
-        done = _rope_write_kv.at_once(q, k, v, k_cache, v_cache, positions, cos, sin, cu_seqlens, interleaved)
+    if impl is None:
+        rest: tuple = (positions, cos, sin, cu_seqlens, interleaved)
+        if k_scale is None and v_scale is None:
+            done = _rope_write_kv.at_once(q, k, v, k_cache, v_cache, *rest)
+        else:
+            done = _rope_write_kv_int8.at_once(q, k, v, k_cache, v_cache, k_scale, v_scale, *rest)
         if done is not None:
-            return done
+            return done  # type: ignore[no-any-return]
+    interleaved = _checks.flag("interleaved", interleaved)
     _check_float_caches(k_cache, v_cache, q=q, k=k, v=v, cos=cos, sin=sin)
     codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
     shape, k_shape = q.shape, k.shape
@@ -289,14 +299,16 @@ def check_history(seq_lens: torch.Tensor, slots: int, window: int, chunk: int, w
         )
 
 
-def _at_once(q, k_cache, v_cache, seq_lens, width, scale, cu, max_seqlen, batch_invariant):
+def _at_once(q, k_cache, v_cache, k_scale, v_scale, seq_lens, width, scale, cu, max_seqlen, batch_invariant):
     """`attention_cached` over the ring alone by a kernel that looks at its arguments itself, or None."""
-    if max_seqlen is not None and (type(max_seqlen) is not int or max_seqlen < 0):
+    if max_seqlen is None:
+        max_seqlen = -1
+    elif type(max_seqlen) is not int or max_seqlen < 0:
         return None
-    if not _checks.alike(q, k_cache, v_cache) or not q.dim():
-        return None
-    rest = (None, None, cu, -1 if max_seqlen is None else max_seqlen, batch_invariant)
-    return _attention_cached.at_once(q, k_cache, v_cache, seq_lens, width, check_scale(scale, q.shape[-1]), *rest)
+    rest = (seq_lens, width, scale_of(scale, q), None, None, cu, max_seqlen, batch_invariant)
+    if k_scale is None and v_scale is None:
+        return _attention_cached.at_once(q, k_cache, v_cache, *rest)
+    return _attention_cached_int8.at_once(q, k_cache, v_cache, k_scale, v_scale, *rest)
 
 
 def attention_cached(
@@ -348,11 +360,12 @@ def attention_cached(
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
     width = check_window(window)
-    batch_invariant = _checks.flag("batch_invariant", batch_invariant)
-    if impl is None and k_new is None and v_new is None and k_scale is None and v_scale is None:
-        done = _at_once(q, k_cache, v_cache, seq_lens, width, scale, cu_seqlens, max_seqlen, batch_invariant)
+    if impl is None and k_new is None and v_new is None:
+        lengths = (cu_seqlens, max_seqlen, batch_invariant)
+        done = _at_once(q, k_cache, v_cache, k_scale, v_scale, seq_lens, width, scale, *lengths)
         if done is not None:
             return done
+    batch_invariant = _checks.flag("batch_invariant", batch_invariant)
     _check_float_caches(k_cache, v_cache, q=q, **_checks.given(k_new=k_new, v_new=v_new))
     batch, slots = k_cache.shape[0], k_cache.shape[1]
     _check_tokens(q, "q", batch, cu_seqlens)

@@ -76,6 +76,7 @@ _rms_norm = Op(
     triton="rms_norm.triton_kernel:rms_norm",
     cuda=True,
     cuda_first=always,
+    hidden=1,
     setup_context=_save_norm,
     backward=_norm_gradients,
 )
@@ -87,6 +88,7 @@ _add_rms_norm = Op(
     triton="rms_norm.triton_kernel:add_rms_norm",
     cuda=True,
     cuda_first=always,
+    hidden=1,
     setup_context=_save_add_norm,
     backward=_add_norm_gradients,
 )
@@ -128,11 +130,11 @@ def rms_norm(
         ValueError: shapes, devices or `rounding` do not fit.
         NotImplementedError: `impl` cannot run here.
     """
-    eps = _checks.number("eps", eps)
-    if impl is None and rounding in ROUNDINGS and _checks.alike(x, weight):
+    if impl is None and rounding in ROUNDINGS:
         done = _rms_norm.at_once(x, weight, eps, rounding == "model")
         if done is not None:
-            return done[0]
+            return done  # type: ignore[no-any-return]
+    eps = _checks.number("eps", eps)
     _checks.floating(x=x, weight=weight)
     _check(x, weight, rounding)
     weight = _weight_for(x, weight)
@@ -164,11 +166,11 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as `rms_norm`; also where residual has another shape than x.
     """
-    eps = _checks.number("eps", eps)
-    if impl is None and rounding in ROUNDINGS and _checks.alike(x, residual, weight):
+    if impl is None and rounding in ROUNDINGS:
         done = _add_rms_norm.at_once(x, residual, weight, eps, rounding == "model")
         if done is not None:
-            return done[:2]
+            return done  # type: ignore[no-any-return]
+    eps = _checks.number("eps", eps)
     _checks.floating(x=x, residual=residual, weight=weight)
     _checks.same_shape(x=x, residual=residual)
     _check(x, weight, rounding)

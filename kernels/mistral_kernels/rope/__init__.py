@@ -39,12 +39,6 @@ _rope = Op(
 )
 
 
-def tables_fit(q: torch.Tensor, cos: torch.Tensor) -> bool:
-    """Whether the tables are as kernels read them; others are converted first."""
-    tensors = isinstance(q, torch.Tensor) and isinstance(cos, torch.Tensor)
-    return tensors and cos.dim() == 2 and cos.dtype == _checks.accumulate_dtype(q.dtype)
-
-
 def check_tables(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> None:
     """cos and sin are `[P, D/2]` for this head_dim."""
     if head_dim % 2:
@@ -122,11 +116,11 @@ def rope(
             looked up before the launch, which would wait for the device: such a token's q and k become NaN.
         NotImplementedError: `impl` cannot run here.
     """
-    interleaved = _checks.flag("interleaved", interleaved)
-    if impl is None and tables_fit(q, cos):
+    if impl is None and getattr(cos, "ndim", 0) == 2:
         done = _rope.at_once(q, k, cos, sin, positions, interleaved, False)
         if done is not None:
             return done  # type: ignore[no-any-return]
+    interleaved = _checks.flag("interleaved", interleaved)
     _checks.floating(q=q, k=k, cos=cos, sin=sin)
     if positions is not None:
         _checks.integral(q.device, POSITION_DTYPES, positions=positions)

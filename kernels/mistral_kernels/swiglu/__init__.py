@@ -75,10 +75,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str | None = None) -> 
         ValueError: the shapes or devices differ.
         NotImplementedError: `impl` cannot run here.
     """
-    if impl is None and _checks.alike(gate, up):
-        done = _swiglu.at_once(gate, up)
-        if done is not None:
-            return done
+    if impl is None and (done := _swiglu.at_once(gate, up)) is not None:
+        return done  # type: ignore[no-any-return]
     _checks.floating(gate=gate, up=up)
     _checks.same_shape(gate=gate, up=up)
     return _swiglu(impl, *_checks.promote(gate, up))
@@ -97,9 +95,9 @@ def swiglu_packed(gate_up: torch.Tensor, *, impl: str | None = None) -> torch.Te
     Raises:
         TypeError, ValueError, NotImplementedError: as `swiglu`; also where the last dimension is odd.
     """
-    plain = impl is None and _checks.plain(gate_up)
-    if not plain:
-        _checks.floating(gate_up=gate_up)
+    if impl is None and (done := _swiglu_packed.at_once(gate_up)) is not None:
+        return done  # type: ignore[no-any-return]
+    _checks.floating(gate_up=gate_up)
     if gate_up.dim() < 1 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up is {_checks.shape(gate_up)}; its last dimension must be even, gate then up")
-    return _swiglu_packed.plain(gate_up) if plain else _swiglu_packed(impl, gate_up)
+    return _swiglu_packed(impl, gate_up)

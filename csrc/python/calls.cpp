@@ -1,0 +1,299 @@
+// mistral_kernels._calls: kernels called from Python past torch's dispatcher, in CPython's limited API. From Python a
+// call through the dispatcher takes longer than a kernel takes for one token. Tensors come and go by DLPack's C
+// functions, which torch exports for this purpose.
+#define Py_LIMITED_API 0x030a0000
+#define PY_SSIZE_T_CLEAN
+#include <ATen/dlpack.h>
+#include <Python.h>
+
+#include <exception>
+#include <iterator>
+#include <string>
+
+#include "torch/direct.h"
+
+namespace {
+
+constexpr int most_arguments = 16, most_outputs = 4;
+// Calls on fewer elements keep the interpreter's lock: to give it away and get it back takes about as long.
+constexpr int64_t short_elements = 1 << 14;
+
+// What is asked of Python, for the life of the process.
+struct Python {
+  const DLPackExchangeAPI* exchange;
+  PyObject *tensor, *parameter;  // types; a tensor of another one may mean more than its numbers
+  PyObject* from_pointer;        // a tensor from a capsule with its handle; None where torch has no such function
+  PyObject* grad_is_enabled;
+  PyObject* listeners[4];  // functions: where one answers with something true, a call would be seen
+  PyObject *profiler, *forward_ad;
+  PyObject *is_neg, *requires_grad, *is_profiling, *level;  // names
+} python;
+
+struct Kernel {
+  mk::Direct run;
+  std::string arguments;  // a letter each: T tensor, O tensor or None, f, i, b
+  int outputs, shown;     // the first outputs are shown above autograd, the rest is there for the backward
+};
+
+// torch's numbers for dtypes that kernels read, beside DLPack's codes.
+struct Type {
+  int32_t torch;
+  DLDataType dlpack;
+};
+constexpr Type types[] = {{0, {kDLUInt, 8, 1}},   {1, {kDLInt, 8, 1}},    {3, {kDLInt, 32, 1}},   {4, {kDLInt, 64, 1}},
+                          {5, {kDLFloat, 16, 1}}, {6, {kDLFloat, 32, 1}}, {7, {kDLFloat, 64, 1}}, {15, {kDLBfloat, 16, 1}}};
+
+// Takes the reference. What cannot be asked counts as true.
+bool is_true(PyObject* answer) {
+  if (!answer) return PyErr_Clear(), true;
+  const int truth = answer == Py_False || answer == Py_None ? 0 : PyObject_IsTrue(answer);
+  Py_DECREF(answer);
+  if (truth < 0) PyErr_Clear();
+  return truth != 0;
+}
+
+// Whether a mode, a transform, a tracer, the profiler or forward-mode differentiation would see a call.
+bool something_listens() {
+  for (PyObject* listener : python.listeners)
+    if (is_true(PyObject_CallNoArgs(listener))) return true;
+  if (is_true(PyObject_GetAttr(python.profiler, python.is_profiling))) return true;
+  PyObject* level = PyObject_GetAttr(python.forward_ad, python.level);
+  if (!level) return PyErr_Clear(), true;
+  const bool active = PyLong_AsLong(level) >= 0;
+  Py_DECREF(level);
+  return active;
+}
+
+// The arguments on their way to a kernel.
+class Arguments {
+ public:
+  explicit Arguments(bool grad) : grad_(grad) {}
+
+  // False for what a kernel cannot take as it is.
+  bool add(char kind, PyObject* value) {
+    mk::Argument& a = all_[size_];
+    a = {};
+    switch (kind) {
+      case 'O':
+        if (value == Py_None) break;
+        [[fallthrough]];
+      case 'T':
+        if (!add_tensor(value)) return false;
+        a.array = &arrays_[size_];
+        break;
+      case 'f':
+        if (!PyFloat_CheckExact(value)) return false;
+        a.number = PyFloat_AsDouble(value);
+        break;
+      case 'b':
+        if (!PyBool_Check(value)) return false;
+        a.integer = value == Py_True;
+        break;
+      default:
+        if (!PyLong_CheckExact(value)) return false;
+        a.integer = PyLong_AsLongLong(value);
+        if (a.integer == -1 && PyErr_Occurred()) return PyErr_Clear(), false;
+    }
+    size_++;
+    return true;
+  }
+
+  const mk::Argument* all() const { return all_; }
+  int64_t elements() const { return elements_; }
+
+ private:
+  bool add_tensor(PyObject* value) {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+    if (type != python.tensor && type != python.parameter) return false;
+    if (grad_ && is_true(PyObject_GetAttr(value, python.requires_grad))) return false;
+    DLTensor t;
+    if (python.exchange->dltensor_from_py_object_no_sync(value, &t)) return PyErr_Clear(), false;
+    if (t.device.device_type != kDLCPU || t.byte_offset) return false;
+    if (may_be_negated(t) && is_true(PyObject_CallMethodObjArgs(value, python.is_neg, nullptr))) return false;
+    for (const Type& known : types) {
+      if (known.dlpack.code != t.dtype.code || known.dlpack.bits != t.dtype.bits || t.dtype.lanes != 1) continue;
+      arrays_[size_] = {t.data, t.ndim, t.shape, t.strides, known.torch};
+      int64_t elements = 1;
+      for (int32_t d = 0; d < t.ndim; d++) elements *= t.shape[d];
+      elements_ += elements;
+      return true;
+    }
+    return false;
+  }
+
+  // torch holds the values of `z.conj().imag` negated, numbers with others between them.
+  static bool may_be_negated(const DLTensor& t) {
+    return t.dtype.code == kDLFloat && (t.ndim == 0 || t.strides[t.ndim - 1] != 1 || t.shape[t.ndim - 1] == 1);
+  }
+
+  bool grad_;
+  int size_ = 0;
+  int64_t elements_ = 0;
+  mk::Argument all_[most_arguments];
+  mk::Array arrays_[most_arguments];
+};
+
+void release(DLManagedTensorVersioned* managed) {
+  auto* output = static_cast<mk::Output*>(managed->manager_ctx);
+  output->release(output->owner);
+  delete output;
+  delete managed;
+}
+
+void discard(mk::Output& output) {
+  if (output.release) output.release(output.owner);
+  output = {};
+}
+
+PyObject* tensor_of_memory(mk::Output& output) {
+  auto* managed = new DLManagedTensorVersioned{};
+  managed->version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
+  managed->manager_ctx = new mk::Output(output);
+  managed->deleter = release;
+  const mk::Array& a = output.array;
+  managed->dl_tensor = {a.data, {kDLCPU, 0}, static_cast<int32_t>(a.dims), {}, const_cast<int64_t*>(a.sizes),
+                        const_cast<int64_t*>(a.strides), 0};
+  for (const Type& known : types)
+    if (known.torch == a.type) managed->dl_tensor.dtype = known.dlpack;
+  output = {};
+  void* tensor;
+  return python.exchange->managed_tensor_to_py_object_no_sync(managed, &tensor) ? nullptr
+                                                                                 : static_cast<PyObject*>(tensor);
+}
+
+PyObject* tensor_of(mk::Output& output) {
+  if (!output.torch) return tensor_of_memory(output);
+  PyObject* capsule = PyCapsule_New(output.torch, nullptr, nullptr);
+  if (!capsule) return nullptr;
+  PyObject* tensor = PyObject_CallFunctionObjArgs(python.from_pointer, capsule, nullptr);
+  Py_DECREF(capsule);
+  return tensor;
+}
+
+// A tensor, or a tuple of several or none.
+PyObject* result_of(mk::Output* outputs, int count) {
+  if (count == 1) return tensor_of(outputs[0]);
+  PyObject* result = PyTuple_New(count);
+  for (int i = 0; result && i < count; i++) {
+    PyObject* tensor = tensor_of(outputs[i]);
+    if (!tensor || PyTuple_SetItem(result, i, tensor)) {
+      Py_DECREF(result);
+      return nullptr;
+    }
+  }
+  return result;
+}
+
+enum class Outcome { done, needs_torch, refused };
+
+Outcome run(const Kernel& kernel, const Arguments& arguments, mk::Output* outputs, std::string* error) {
+  try {
+    return kernel.run(arguments.all(), outputs) ? Outcome::done : Outcome::needs_torch;
+  } catch (const std::exception& caught) {
+    *error = caught.what();
+    return Outcome::refused;
+  }
+}
+
+// What the kernel makes of the arguments; None where it cannot take them as they are.
+PyObject* call(PyObject* capsule, PyObject* const* values, Py_ssize_t count, bool above_autograd) {
+  const auto& kernel = *static_cast<const Kernel*>(PyCapsule_GetPointer(capsule, nullptr));
+  if (count != static_cast<Py_ssize_t>(kernel.arguments.size())) {
+    PyErr_Format(PyExc_TypeError, "the kernel takes %zd arguments, not %zd", kernel.arguments.size(), count);
+    return nullptr;
+  }
+  if (something_listens()) Py_RETURN_NONE;
+  Arguments arguments(above_autograd && is_true(PyObject_CallNoArgs(python.grad_is_enabled)));
+  for (Py_ssize_t i = 0; i < count; i++)
+    if (!arguments.add(kernel.arguments[i], values[i])) Py_RETURN_NONE;
+  mk::Output outputs[most_outputs] = {};
+  Outcome outcome;
+  std::string error;
+  if (arguments.elements() < short_elements) {
+    outcome = run(kernel, arguments, outputs, &error);
+  } else {
+    Py_BEGIN_ALLOW_THREADS;
+    outcome = run(kernel, arguments, outputs, &error);
+    Py_END_ALLOW_THREADS;
+  }
+  if (outcome == Outcome::refused && !above_autograd) {
+    PyErr_SetString(PyExc_RuntimeError, error.c_str());
+    return nullptr;
+  }
+  if (outcome != Outcome::done) Py_RETURN_NONE;
+  PyObject* result = result_of(outputs, above_autograd ? kernel.shown : kernel.outputs);
+  for (mk::Output& output : outputs) discard(output);
+  return result;
+}
+
+PyObject* at_once(PyObject* kernel, PyObject* const* values, Py_ssize_t count) {
+  return call(kernel, values, count, true);
+}
+
+PyObject* below_autograd(PyObject* kernel, PyObject* const* values, Py_ssize_t count) {
+  return call(kernel, values, count, false);
+}
+
+template <class F>
+PyCFunction as_function(F* f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f));
+}
+
+PyMethodDef of_kernel[] = {{"at_once", as_function(at_once), METH_FASTCALL, nullptr},
+                           {"below_autograd", as_function(below_autograd), METH_FASTCALL, nullptr}};
+
+// kernel(address, arguments, outputs, shown) -> (at_once, below_autograd); kernels live as long as the process.
+PyObject* kernel(PyObject*, PyObject* arguments) {
+  unsigned long long address;
+  const char* letters;
+  int outputs, shown;
+  if (!PyArg_ParseTuple(arguments, "Ksii", &address, &letters, &outputs, &shown)) return nullptr;
+  const std::string kinds = letters;
+  if (kinds.size() > most_arguments || outputs > most_outputs || shown > outputs) {
+    PyErr_Format(PyExc_ValueError, "a kernel of %zd arguments and %d outputs, %d shown; at most %d and %d are possible",
+                 kinds.size(), outputs, shown, most_arguments, most_outputs);
+    return nullptr;
+  }
+  auto* made = new Kernel{reinterpret_cast<mk::Direct>(address), kinds, outputs, shown};
+  PyObject* capsule = PyCapsule_New(made, nullptr, nullptr);
+  if (!capsule) return nullptr;
+  PyObject* both = Py_BuildValue("(NN)", PyCFunction_NewEx(&of_kernel[0], capsule, nullptr),
+                                 PyCFunction_NewEx(&of_kernel[1], capsule, nullptr));
+  Py_DECREF(capsule);
+  return both;
+}
+
+// ask(exchange, Tensor, Parameter, from_pointer, grad_is_enabled, listeners, profiler, forward_ad); see Python.
+PyObject* ask(PyObject*, PyObject* arguments) {
+  PyObject *exchange, *listeners;
+  Python& p = python;
+  if (!PyArg_ParseTuple(arguments, "OOOOOO!OO", &exchange, &p.tensor, &p.parameter, &p.from_pointer,
+                        &p.grad_is_enabled, &PyTuple_Type, &listeners, &p.profiler, &p.forward_ad))
+    return nullptr;
+  p.exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"));
+  if (!p.exchange) return nullptr;
+  constexpr Py_ssize_t count = std::size(Python{}.listeners);
+  if (p.exchange->header.version.major != DLPACK_MAJOR_VERSION || PyTuple_Size(listeners) != count) {
+    PyErr_Format(PyExc_ImportError, "torch speaks DLPack %u, this module %d, and has %zd listeners, not %zd",
+                 p.exchange->header.version.major, DLPACK_MAJOR_VERSION, PyTuple_Size(listeners), count);
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < count; i++) p.listeners[i] = PyTuple_GetItem(listeners, i);
+  p.is_neg = PyUnicode_InternFromString("is_neg");
+  p.requires_grad = PyUnicode_InternFromString("requires_grad");
+  p.is_profiling = PyUnicode_InternFromString("_is_profiler_enabled");
+  p.level = PyUnicode_InternFromString("_current_level");
+  if (!p.is_neg || !p.requires_grad || !p.is_profiling || !p.level) return nullptr;
+  Py_INCREF(arguments);  // and with it all of the above
+  Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {{"kernel", kernel, METH_VARARGS, nullptr},
+                           {"ask", ask, METH_VARARGS, nullptr},
+                           {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_calls", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__calls() { return PyModule_Create(&module); }

@@ -1,0 +1,32 @@
+// How csrc/python hands a call to a kernel past torch's dispatcher, in one process and of one build.
+#pragma once
+#include <cstdint>
+
+namespace mk {
+
+// A strided tensor on the CPU, as long as what it was taken from. Strides count elements.
+struct Array {
+  void* data;
+  int64_t dims;
+  const int64_t *sizes, *strides;
+  int32_t type;  // torch's number for the dtype
+};
+
+struct Argument {
+  const Array* array;  // of a tensor; null where it is None
+  double number;
+  int64_t integer;  // of an int or a bool
+};
+
+// An output: memory of its own with what gives it back, or, if it is large, a tensor of torch's.
+struct Output {
+  Array array;
+  void* owner;
+  void (*release)(void* owner);
+  void* torch;  // an AtenTensorHandle, null for memory
+};
+
+// Returns false, before any work, where the kernel would need torch's functions; throws where it refuses the arguments.
+using Direct = bool (*)(const Argument* arguments, Output* outputs);
+
+}  // namespace mk

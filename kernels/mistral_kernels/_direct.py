@@ -1,0 +1,82 @@
+"""Calls of the C++ kernels past torch's dispatcher, by a small extension module (csrc/python) beside the library.
+
+They take plain CPU tensors as they are. Whatever else comes, and whenever a mode, a transform, a tracer or the profiler
+would see the call, they answer None, and the caller goes through the dispatcher.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import sysconfig
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad, profiler
+
+from . import _library
+
+PATH = Path(__file__).with_name("_calls.abi3.so")
+LETTERS = {"Tensor": "T", "Optional[Tensor]": "O", "float": "f", "int": "i", "bool": "b"}
+LISTENERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+)
+
+Call = Callable[..., Any]
+
+
+def never(*args: Any) -> None:
+    """Stands in where there is no such way."""
+
+
+@functools.cache
+def _module() -> Any:
+    """The extension module, or None where it was not built or cannot be used."""
+    if _library.unusable is not None or not PATH.exists() or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return None
+    spec = importlib.util.spec_from_file_location(f"{__package__}._calls", PATH)
+    try:
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        exchange = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+        from_pointer = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr  # type: ignore[attr-defined]
+        kinds = (torch.Tensor, torch.nn.Parameter)
+        module.ask(exchange, *kinds, from_pointer, torch.is_grad_enabled, LISTENERS, profiler, forward_ad)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"short calls of mistral_kernels are slower: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    return module
+
+
+@functools.cache
+def _address() -> Any:
+    find = ctypes.CDLL(str(_library.path)).mistral_kernels_direct
+    find.argtypes, find.restype = [ctypes.c_char_p], ctypes.c_void_p
+    return find
+
+
+def calls(op: Any, hidden: int) -> tuple[Call, Call]:
+    """Two functions of the arguments of a registered op, which return None where it has to go through the dispatcher.
+
+    Args:
+        op: the overload, as in `torch.ops.mistral_kernels.rms_norm.default`.
+        hidden: so many of its last outputs are for the backward alone.
+
+    Returns:
+        `at_once`, for calls that autograd would look at: also None where a tensor requires a gradient and where the
+        kernel refuses its arguments; the hidden outputs are left out. And `below_autograd`, for calls that it has
+        looked at: all outputs, and RuntimeError where the kernel refuses.
+    """
+    letters = [LETTERS.get(str(argument.type), "") for argument in op._schema.arguments]
+    if _module() is None or not all(letters):
+        return never, never
+    address = _address()(op._schema.name.partition("::")[2].encode())
+    if address is None:
+        return never, never
+    outputs = len(op._schema.returns)
+    pair: tuple[Call, Call] = _module().kernel(address, "".join(letters), outputs, outputs - hidden)
+    return pair
