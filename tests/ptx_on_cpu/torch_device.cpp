@@ -40,7 +40,7 @@ Tensor device_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype,
 
 const void* device_data(const Tensor& t) {
   hand_over(t, 0);
-  emu_written(t.const_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
+  emu_written(t.const_data_ptr(), static_cast<size_t>(t.numel()) * static_cast<Tensor::Torch&>(t).element_size());
   return t.const_data_ptr();
 }
 
