@@ -8,8 +8,10 @@
 namespace mk {
 namespace {
 
+size_t element_size(const Tensor::Torch& t) { return t.element_size(); }
+
 void hand_over(const Tensor& t, int writable) {
-  emu_extent(t.const_data_ptr(), t.element_size(), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data(),
+  emu_extent(t.const_data_ptr(), element_size(t), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data(),
              writable);
 }
 
@@ -40,7 +42,7 @@ Tensor device_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Dtype dtype,
 
 const void* device_data(const Tensor& t) {
   hand_over(t, 0);
-  emu_written(t.const_data_ptr(), static_cast<size_t>(t.numel()) * static_cast<Tensor::Torch&>(t).element_size());
+  emu_written(t.const_data_ptr(), static_cast<size_t>(t.numel()) * element_size(t));
   return t.const_data_ptr();
 }
 
