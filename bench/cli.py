@@ -12,8 +12,8 @@ from .machine import ALLOCATORS
 
 DESCRIPTION = """\
 Benchmarks of mistral_kernels. Each row first checks parity with float64 on the very inputs that it times; a row
-that fails is refused. Then ours, the peers and the machine's own limit are timed in turn (A, B, A, B, ...), and
-medians with their 10-90 % range are printed. Exit status 1: a row was refused, or --compare found one slower."""
+that fails is refused. Then ours, the peers and the machine's own limit are timed in turn, each round in another order,
+and medians with their 10-90 % range are printed. Exit status 1: a row was refused, or --compare found one slower."""
 EXAMPLES = """\
 examples:
   python -m bench ops --quick

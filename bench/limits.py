@@ -113,6 +113,19 @@ class Limits:
             return 2.0 * self.size**3
         return float(self.bytes * (2 if kind == "copy" else 1))
 
+    def call_of_size(self, kind: str, moved: float, sets: int) -> tuple[Callable[[], Any], float] | None:
+        """A copy or a read of as many bytes as an op moves, on as many sets as the op has, and the bytes of one call.
+        None where that is most of what `call` moves, or not bandwidth, or a GPU's.
+
+        A call of it begins, as the op's does, with threads to start and caches that know nothing of its memory; in the
+        large one that counts for nothing.
+        """
+        size = int(moved / (2 if kind == "copy" else 1)) // 256 * 256
+        if kind not in ("copy", "read") or self.device != "cpu" or not 0 < size <= self.bytes // 2:
+            return None
+        parts = min(sets, self.parts * self.bytes // size)
+        return self._bandwidth(kind, size, parts), float(size * (2 if kind == "copy" else 1))
+
     def call(self, kind: str, dtype: torch.dtype) -> Callable[[], Any]:
         """What to time for one limit."""
         if kind == "fma" and self._has_fma:
@@ -126,20 +139,24 @@ class Limits:
             return lambda: tiny.clone()
         if kind not in ("read", "copy"):
             raise ValueError(f"limit {kind!r} is not known; there are read, copy, gemm, fma and call")
-        turns = itertools.cycle(range(self.parts))
+        return self._bandwidth(kind, self.bytes, self.parts)
+
+    def _bandwidth(self, kind: str, size: int, parts: int) -> Callable[[], Any]:
+        """Reads or copies the next of `parts` parts of `size` bytes."""
+        turns = itertools.cycle(range(parts))
         probe, threads = _probe() if self.device == "cpu" else None, torch.get_num_threads()
-        source = self._buffer.chunk(self.parts)
+        source = self._buffer[: parts * size // 4].chunk(parts)
         if kind == "read":
             if probe is None:
                 return lambda: source[next(turns)].sum()
-            return lambda: probe.probe_read(source[next(turns)].data_ptr(), self.bytes, threads)
-        target = self._copied.chunk(self.parts)
+            return lambda: probe.probe_read(source[next(turns)].data_ptr(), size, threads)
+        target = self._copied[: parts * size // 4].chunk(parts)
 
         def copy() -> None:
             part = next(turns)
             if probe is None:
                 target[part].copy_(source[part])
             else:
-                probe.probe_copy(target[part].data_ptr(), source[part].data_ptr(), self.bytes, threads)
+                probe.probe_copy(target[part].data_ptr(), source[part].data_ptr(), size, threads)
 
         return copy

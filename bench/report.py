@@ -48,13 +48,15 @@ def cells(row: Row) -> tuple[str, ...]:
     if row.refused:
         return (op, row.case, row.dtype, f"REFUSED: {row.refused}", "", "", "")
     share = f"{100 * row.share['median']:.0f} % of {row.limit}" if row.share else ""
+    if row.share_of_size:
+        share += f", {100 * row.share_of_size['median']:.0f} % of its size"
     peers = ", ".join(peer(row, name) for name in sorted(row.ratios, key=lambda n: row.ratios[n]["median"]))
     return (op, row.case, row.dtype, between(row.seconds["ours"]), rate(row), share, peers)
 
 
 def print_row(row: Row) -> None:
     op, case, dtype, time, speed, share, peers = cells(row)
-    print(f"{op:<22} {case:<34} {dtype:<9} {time:<26} {speed:<14} {share:<13} {peers}", flush=True)
+    print(f"{op:<22} {case:<34} {dtype:<9} {time:<26} {speed:<14} {share:<32} {peers}", flush=True)
     for name, reason in row.left_out.items():
         print(f"{'':<22} without {name}: {reason}", flush=True)
 

@@ -17,6 +17,7 @@ from .limits import Limits
 from .parity import Judge, Verdict
 
 LIMIT = "limit"
+LIMIT_OF_SIZE = "limit of its size"
 COLD_SETS = 64
 
 
@@ -47,6 +48,7 @@ class Row:
         seconds: of each candidate, `limit` included: median, low, high and count.
         ratios: of each peer, how many times as long it takes as ours.
         share: of the limit that ours reaches: 1 is the machine's own speed.
+        share_of_size: of what it gives to a copy or a read of no more bytes than ours moves.
         parity: of each candidate, its worst error as a share of the budget; over 1, it is less exact than allowed.
         left_out: peers that were not timed, and why.
     """
@@ -66,6 +68,7 @@ class Row:
     seconds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     ratios: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     share: dict[str, float] | None = None
+    share_of_size: dict[str, float] | None = None
     limit_rate: float = 0.0
     parity: dict[str, float] = dataclasses.field(default_factory=dict)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -167,10 +170,21 @@ def time_row(
     effort: timing.Effort,
     stopwatch: timing.Stopwatch,
 ) -> None:
-    """Times the calls in turn with the row's limit."""
-    limit = limits.call(row.limit, getattr(torch, row.dtype))
-    samples = timing.alternate(dict(calls) | {LIMIT: [limit]}, effort, stopwatch)
+    """Times the calls in turn with the row's limit, and with one of its size."""
+    probes = {LIMIT: [limits.call(row.limit, getattr(torch, row.dtype))]}
+    of_size = limits.call_of_size(row.limit, row.bytes["value"], len(calls["ours"]))
+    if of_size:
+        probes[LIMIT_OF_SIZE] = [of_size[0]]
+    samples = timing.alternate(dict(calls) | probes, effort, stopwatch)
+    if of_size:
+        row.share_of_size = shares(row, samples["ours"], samples.pop(LIMIT_OF_SIZE), of_size[1])
     fill_row(row, samples, limits.amount(row.limit))
+
+
+def shares(row: Row, mine: Sequence[float], limit: Sequence[float], limit_amount: float) -> dict[str, float]:
+    """Of the limit, round by round."""
+    found = [row.amount / m * n / limit_amount for m, n in zip(mine, limit, strict=True)]
+    return dataclasses.asdict(timing.spread(found))
 
 
 def fill_row(row: Row, samples: dict[str, list[float]], limit_amount: float) -> None:
@@ -181,9 +195,7 @@ def fill_row(row: Row, samples: dict[str, list[float]], limit_amount: float) -> 
         for name, s in samples.items()
         if name not in ("ours", LIMIT)
     }
-    pairs = zip(samples["ours"], samples[LIMIT], strict=True)
-    shares = [row.amount / mine * limit / limit_amount for mine, limit in pairs]
-    row.share = dataclasses.asdict(timing.spread(shares))
+    row.share = shares(row, samples["ours"], samples[LIMIT], limit_amount)
     row.limit_rate = limit_amount / statistics.median(samples[LIMIT])
 
 

@@ -1,7 +1,8 @@
-"""Alternating timing: A, B, A, B, …, so that what the machine does meanwhile happens to all alike."""
+"""Alternating timing: A, B, B, A, …, so that what the machine does meanwhile happens to all alike."""
 
 import dataclasses
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -76,24 +77,26 @@ class Stopwatch:
 def alternate(
     candidates: dict[str, Sequence[Call]], effort: Effort, stopwatch: Stopwatch, progress: Call | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each candidate, in rounds; every round begins with another candidate.
+    """Seconds of one call of each candidate, in rounds, each in an order of its own: nobody always follows the same
+    one, whose writes in the caches can make the next one's first call slower by a quarter.
 
     Args:
-        candidates: for each name the same call on several sets of inputs, taken in turn, so that inputs which are
-            meant to come from memory do not lie in a cache.
+        candidates: for each name the same call on several sets of inputs, taken in turn from sample to sample, so that
+            inputs which are meant to come from memory do not lie in a cache.
     """
-    repeats = {}
+    repeats, used = {}, dict.fromkeys(candidates, 0)
     for name, calls in candidates.items():
         stopwatch(calls, len(calls))  # the first calls compile, allocate and wake threads
         once = stopwatch(calls, len(calls)) / len(calls)
         repeats[name] = max(1, math.ceil(effort.sample / max(once, 1e-9)))
     names = list(candidates)
     seen: dict[str, list[float]] = {name: [] for name in names}
-    start, rounds = stopwatch.clock(), 0
+    start, rounds, order = stopwatch.clock(), 0, random.Random(0)
     while rounds < effort.least or (rounds < effort.most and stopwatch.clock() - start < effort.seconds):
-        at = rounds % len(names)
-        for name in names[at:] + names[:at]:
-            seen[name].append(stopwatch(candidates[name], repeats[name]) / repeats[name])
+        for name in order.sample(names, len(names)):
+            calls, at = candidates[name], used[name] % len(candidates[name])
+            seen[name].append(stopwatch([*calls[at:], *calls[:at]], repeats[name]) / repeats[name])
+            used[name] += repeats[name]
         rounds += 1
         if progress is not None:
             progress()

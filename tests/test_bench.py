@@ -63,6 +63,14 @@ def test_every_quick_row_runs_with_parity(limits):
         assert not row.left_out, row.left_out
 
 
+def test_a_row_has_its_share_of_the_limit_and_of_one_of_its_size(limits):
+    row = run_row(rms_norm._norm(4, 64, "float32"), settings(), limits, "command")
+    assert row.share["median"] > 0 and row.share_of_size["median"] > 0 and row.seconds.keys() >= {"ours", "limit"}
+    assert report.cells(row)[5].endswith("% of its size")
+    limits.bytes = 1 << 10
+    assert run_row(rms_norm._norm(4, 64, "float32"), settings(), limits, "command").share_of_size is None
+
+
 def test_keys_are_unique_and_floors_positive():
     benches = list(families.all_benches())
     assert len({b.key for b in benches}) == len(benches)
@@ -246,14 +254,15 @@ def test_compare_from_the_command_line(tmp_path, monkeypatch, capsys):
 # ---- timing ----
 
 
-def test_rounds_alternate_and_take_turns_to_begin():
+def test_each_round_has_all_in_an_order_of_its_own():
     clock, order = Clock(), []
 
     def call(name):
         return [lambda: (order.append(name), clock.spend(1.0))]
 
-    timing.alternate({n: call(n) for n in "abc"}, timing.Effort(3, 3, 0, 0), timing.Stopwatch("cpu", clock))
-    assert "".join(order[6:]) == "abcbcacab"
+    timing.alternate({n: call(n) for n in "abc"}, timing.Effort(40, 40, 0, 0), timing.Stopwatch("cpu", clock))
+    rounds = ["".join(order[i : i + 3]) for i in range(6, len(order), 3)]
+    assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"} and len(rounds) == 40
 
 
 def test_short_calls_are_repeated_and_sets_take_turns():
@@ -261,7 +270,7 @@ def test_short_calls_are_repeated_and_sets_take_turns():
     calls = [lambda i=i: (used.append(i), clock.spend(1e-4)) for i in range(3)]
     seen = timing.alternate({"a": calls}, timing.Effort(2, 2, 0, 1e-3), timing.Stopwatch("cpu", clock))
     assert seen["a"] == pytest.approx([1e-4, 1e-4])
-    assert used[6:16] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    assert used[6:] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]  # on where the sample before ended
 
 
 def test_spread():
@@ -293,6 +302,18 @@ def test_each_call_of_a_limit_takes_the_next_part_of_more_than_a_cache_holds():
     for done in (1, 2, 3):
         call()
         assert (limits._copied != 1).sum() == (done << 14) - 1  # one of the source's own values is 1
+
+
+@pytest.mark.parametrize("kind", ["read", "copy"])
+def test_a_limit_of_an_ops_size_moves_as_much_on_as_many_sets(kind, limits):
+    limits._buffer.copy_(torch.arange(limits.bytes // 4))
+    call, amount = limits.call_of_size(kind, 8192, sets=3)
+    assert amount == 8192
+    for done in (1, 2, 3, 3):
+        call()
+        if kind == "copy":
+            assert (limits._copied != 1).sum() == (done << 10) - 1  # one of the source's own values is 1
+    assert limits.call_of_size("gemm", 8192, 3) is None and limits.call_of_size(kind, 1 << 17, 3) is None
 
 
 def test_the_probe_reads_every_byte():
