@@ -32,9 +32,10 @@ struct Row {
       return load_raw(x + i);
   }
 
+  template <int cache>
   MK_FETCHES void fetch_at(int64_t i, int64_t count) const {
-    fetch(x + i, count * sizeof(T));
-    if constexpr (kAdd) fetch(residual + i, count * sizeof(T));
+    fetch<cache>(x + i, count * sizeof(T));
+    if constexpr (kAdd) fetch<cache>(residual + i, count * sizeof(T));
   }
 };
 

@@ -28,10 +28,11 @@ struct Row {
   const W* dy;
   const T* dtotal;
 
+  template <int cache>
   MK_FETCHES void fetch_at(int64_t i, int64_t count) const {
-    fetch(x + i, count * sizeof(T));
-    fetch(dy + i, count * sizeof(W));
-    if (dtotal) fetch(dtotal + i, count * sizeof(T));
+    fetch<cache>(x + i, count * sizeof(T));
+    fetch<cache>(dy + i, count * sizeof(W));
+    if (dtotal) fetch<cache>(dtotal + i, count * sizeof(T));
   }
 };
 
@@ -156,11 +157,14 @@ struct Gradients {
     store_n(dweight + i, sum, left);
   }
 
+  // Where all is large the next rows are fetched into the second cache: the first has no room for them beside the rows
+  // in work, the weight and the sums.
   template <bool kStream>
   void all_columns() const {
+    constexpr int cache = kStream ? second_cache : first_cache;
     int64_t i = 0;
     for (; i + 4 * w <= n; i += 4 * w) {
-      fetch_in_second<T>(next, kRows, i, n);
+      fetch_in_second<T, cache>(next, kRows, i, n);
       more_columns<kStream>(i);
       if constexpr (line_of<T> == 2 * w) more_columns<kStream>(i + 2 * w);
     }

@@ -11,10 +11,13 @@ constexpr int64_t fetched_row = 16 << 10;  // bytes; of several longer ones a ca
 // does nothing, and leaves out its calls.
 #define MK_FETCHES inline __attribute__((always_inline))
 
+// What __builtin_prefetch calls locality.
+constexpr int first_cache = 3, second_cache = 2;
+
 // Asks for bytes ahead of their use; any address will do.
-template <class T>
+template <int cache = first_cache, class T>
 MK_INLINE void fetch(const T* from, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += cache_line) __builtin_prefetch((const char*)from + b);
+  for (int64_t b = 0; b < bytes; b += cache_line) __builtin_prefetch((const char*)from + b, 0, cache);
 }
 
 constexpr int64_t fetch_ahead = 4 << 10;  // bytes: beyond a page, at whose end the processor's own prefetch stops

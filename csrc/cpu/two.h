@@ -63,12 +63,12 @@ MK_INLINE int64_t rows_ahead(int64_t row_bytes, int64_t some) {
 template <class T, class Row>
 MK_FETCHES void fetch_in_first(const Row* next, int rows, int64_t i) {
   if (i % (4 * line_of<T>) == 0)
-    for (int r = 0; r < rows; r++) next[r].fetch_at(i / 4, line_of<T>);
+    for (int r = 0; r < rows; r++) next[r].template fetch_at<first_cache>(i / 4, line_of<T>);
 }
-template <class T, class Row>
+template <class T, int cache = first_cache, class Row>
 MK_FETCHES void fetch_in_second(const Row* next, int rows, int64_t i, int64_t n) {
   if (line_of<T> == 2 * Format<T>::width || i % (2 * line_of<T>) == 0)
-    for (int r = 0; r < rows; r++) next[r].fetch_at((n + 3 * i) / 4, 2 * line_of<T>);
+    for (int r = 0; r < rows; r++) next[r].template fetch_at<cache>((n + 3 * i) / 4, 2 * line_of<T>);
 }
 
 #if defined(__AVX512BW__)
