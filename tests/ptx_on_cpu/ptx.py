@@ -1,7 +1,8 @@
 """Reads the text of a PTX module: its files, variables, and kernels as lists of statements."""
 
+import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
 
 BYTES = {"pred": 1, **{f"{kind}{bits}": bits // 8 for kind in "busf" for bits in (8, 16, 32, 64)}}
@@ -14,6 +15,7 @@ PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)(?:\s+\.ptr[^,]*?)?\s+(?P<name>[\w$]+)(?:\[(?P<n>\d+)\])?"
 )
 ENTRY = re.compile(r"^(?:\.visible |\.weak )?\.entry ([\w$]+)\s*\((.*?)\)([^{]*)^\{", re.S | re.M)
+BRACE = re.compile(r"[{}]")
 LABEL = re.compile(r"([A-Za-z_$][\w$]*):(?!:)\s*")
 
 
@@ -42,13 +44,27 @@ class Statement:
 
 @dataclass
 class Entry:
+    """The statements are read when they are first asked for: of hundreds of kernels few are launched."""
+
     name: str
     params: list[tuple[str, int, int]]  # name, offset, bytes
-    statements: list[Statement]
-    lines: list[tuple[int, str]]  # site, "file.cu:12"
     max_threads: int
     registers: int  # a thread at launch, as far as the launch bounds tell; 0 where they do not
-    text: list[str] = field(default_factory=list)
+    body: str
+    files: dict[str, str]
+
+    @functools.cached_property
+    def _read(self) -> tuple[list[Statement], list[tuple[int, str]]]:
+        return _statements(self.body.split("\n"), self.files)
+
+    @property
+    def statements(self) -> list[Statement]:
+        return self._read[0]
+
+    @property
+    def lines(self) -> list[tuple[int, str]]:
+        """Sites and their "file.cu:12"."""
+        return self._read[1]
 
 
 @dataclass
@@ -82,11 +98,12 @@ def _params(text: str) -> list[tuple[str, int, int]]:
 
 
 def _body_end(text: str, start: int) -> int:
-    depth, i = 1, start
-    while depth:
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        i += 1
-    return i - 1
+    depth = 1
+    for brace in BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return brace.start()
+    raise UnknownPtx("a kernel without an end")
 
 
 def _location(text: str, files: dict[str, str]) -> str:
@@ -157,7 +174,7 @@ def _registers(directives: str) -> int:
 
 
 def parse(text: str) -> Module:
-    """Raises UnknownPtx at a directive that is not known, and where functions are called."""
+    """Raises UnknownPtx where functions are called; at a directive that is not known, an entry's statements do."""
     text = re.sub(r"//[^\n]*", "", text)
     if call := re.search(r"^\s*(\.visible |\.weak )?\.func\b[^;{]*", text, re.M):
         raise UnknownPtx(f"device functions must be inlined: {' '.join(call[0].split())}")
@@ -168,17 +185,8 @@ def parse(text: str) -> Module:
         outside += text[position : match.start()]
         end = _body_end(text, match.end())
         position = end + 1
-        lines = text[match.end() : end].split("\n")
-        statements, locations = _statements(lines, files)
-        entries[match[1]] = Entry(
-            match[1],
-            _params(match[2]),
-            statements,
-            locations,
-            _max_threads(match[3]),
-            _registers(match[3]),
-            [line.strip() for line in lines],
-        )
+        sizes = _max_threads(match[3]), _registers(match[3])
+        entries[match[1]] = Entry(match[1], _params(match[2]), *sizes, text[match.end() : end], files)
     outside += text[position:].split(".section")[0]
     declared = re.findall(r"^\s*((?:\.(?:visible|weak|extern)\s+)?\.(?:global|const|shared)\s[^;]*);", outside, re.M)
     found = [variable(declaration) for declaration in declared]
