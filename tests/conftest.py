@@ -1,6 +1,8 @@
 """What must be set before torch, Triton or NumPy is imported, and the switch for the long grids."""
 
+import json
 import os
+from pathlib import Path
 
 # NumPy's BLAS threads fight with the interpreter's many small products, and the threads of one test process with those
 # of its neighbours: waiting for each other takes many times what the small tensors of tests take.
@@ -13,9 +15,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    import quick_interpreter
 
+import quick_gguf
+import quick_interpreter
+
+quick_gguf.install()
+if os.environ.get("TRITON_INTERPRET") == "1":
     quick_interpreter.install()
 
 
@@ -41,14 +46,36 @@ def cuda_ops():
 
 
 @pytest.fixture(scope="session")
-def cuda_machine_code():
-    """Every CUDA kernel in the compiled library: registers, memory, counts of instructions. It is read once."""
+def cuda_machine_code_file():
+    """Every CUDA kernel in the compiled library, as JSON: registers, memory, counts of instructions; None without one.
+
+    The disassembler takes most of a minute, so one process reads the library, and once as long as it is the same.
+    """
+    from ptx_on_cpu import build
+
+    from bench import families, gpu_cuda
+    from mistral_kernels import _library
+
+    if gpu_cuda.unusable(_library.path) is not None:
+        return None
+    readers = (gpu_cuda.__file__, *sorted(Path(families.__file__).parent.glob("*.py")))
+    return build.cached(
+        "machine_code.json",
+        lambda path: path.write_text(json.dumps(gpu_cuda.kernels(_library.path))),
+        _library.path,
+        *map(Path, readers),
+        gpu_cuda.tool(),
+    )
+
+
+@pytest.fixture(scope="session")
+def cuda_machine_code(cuda_machine_code_file):
     from bench import gpu_cuda
     from mistral_kernels import _library
 
-    if (reason := gpu_cuda.unusable(_library.path)) is not None:
-        pytest.skip(f"no CUDA machine code here: {reason}")
-    return gpu_cuda.kernels(_library.path)
+    if cuda_machine_code_file is None:
+        pytest.skip(f"no CUDA machine code here: {gpu_cuda.unusable(_library.path)}")
+    return json.loads(cuda_machine_code_file.read_text())
 
 
 def pytest_addoption(parser):

@@ -6,6 +6,7 @@ integer sum by six operations of its own, to tell nobody.
 
 import functools
 
+
 def install() -> None:
     """Does nothing where the interpreter is another than the one that this was written for."""
     try:

@@ -160,15 +160,27 @@ def link(name: str, objects: Sequence[Path], extra: Sequence[str] = ()) -> Path:
     )
 
 
+@functools.cache
+def _read_header(level: str) -> Path:
+    """A folder with emu.h as g++ has read it, most of the work of a small kernel; other compilers pass it by."""
+    command = [compiler(), *CXX_FLAGS, level, "-w", "-x", "c++-header", RUNTIME / "emu.h"]
+
+    def make(path: Path) -> None:
+        path.mkdir()
+        run([*command, "-o", path / "emu.h.gch"])
+
+    return cached("header", make, *command, *tree(RUNTIME, "*.h"))
+
+
 def compile_kernel(name: str, text: str) -> Path:
     """The shared library of one translated kernel. Higher levels take many times as long for little; least where most
     of the time goes into the products of warpgroups, which the runtime makes."""
     level = "-Og" if "emu::wgmma(" in text else "-O1"
-    command = [compiler(), *CXX_FLAGS, level, "-w", "-shared", f"-I{RUNTIME}"]
+    command = [compiler(), *CXX_FLAGS, level, "-w", "-shared"]
 
     def make(path: Path) -> None:
         source = path.with_suffix(".cpp")
         source.write_text(text)
-        run([*command, "-o", path, source])
+        run([*command, f"-I{_read_header(level)}", f"-I{RUNTIME}", "-o", path, source])
 
     return cached(f"{name[:60]}.so", make, " ".join(map(str, command)), text, *tree(RUNTIME, "*.h"))

@@ -21,6 +21,8 @@ SPECIAL = {
     **{f"%ctaid.{d}": f"emu::block_index.{d}" for d in "xyz"},
     **{f"%nctaid.{d}": f"emu::grid_size.{d}" for d in "xyz"},
 }
+FLOATS = {"float", "double"}
+NUMBERS = {"int64_t": re.compile(r"\(int64_t\)-?\d+ll"), "uint64_t": re.compile(r"0[xX][0-9A-Fa-f]+ull")}
 ADDRESS = re.compile(r"\[\s*([^\]+\s]+)\s*(?:\+\s*(-?\d+))?\s*\]")
 
 
@@ -74,6 +76,7 @@ class Body:
         self.operands = {name: i for i, name in enumerate(sorted(operands))}
         self.params = {name: offset for name, offset, _ in entry.params}
         self.declarations: list[str] = []
+        self.types: dict[str, str] = {}  # of the registers that are variables
         self.scopes: list[dict[str, str]] = [{}]
         self.seen_labels: set[str] = set()
         self._count = 0
@@ -153,6 +156,7 @@ class Body:
                     unique += f"_{self._count}"
                 self.scopes[-1][n] = unique
                 if unique not in self.operands:
+                    self.types[unique] = REGISTER_TYPE[match[1]]
                     self.declarations.append(f"{REGISTER_TYPE[match[1]]} {unique}{' = 0' * (unique in self.tokens)};")
 
     def _code(self, text: str) -> str:
@@ -183,7 +187,8 @@ class Body:
             return ""
         name = self._name_of(target)
         if name not in self.operands:
-            return f"{name} = emu::as<decltype({name})>({value});"
+            same = self.types.get(value) == self.types[name]
+            return f"{name} = {value};" if same else f"{name} = emu::as<{self.types[name]}>({value});"
         return self._write(name, f"emu::as<uint32_t>({value})")
 
     def _name_of(self, operand: str) -> str:
@@ -231,7 +236,12 @@ class Body:
         x = operand.strip()
         if x.startswith("!"):
             return f"!{self.v(x[1:], kind)}"
-        return f"emu::as<{C_TYPE[kind]}>({self._value(x)})"
+        value, to = self._value(x), C_TYPE[kind]
+        # The compiler takes longest over the template: where a register or a number needs no more, it gets a cast.
+        given = self.types.get(value) or next((t for t, form in NUMBERS.items() if form.fullmatch(value)), "")
+        if given == to:
+            return value
+        return f"(({to}){value})" if given and not {given, to} & FLOATS else f"emu::as<{to}>({value})"
 
     def _value(self, x: str) -> str:
         if (register := self.register(x)) is not None:
