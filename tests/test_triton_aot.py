@@ -13,16 +13,20 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+CACHE = TESTS.parent / "build" / "triton_aot"
 MODULES = sorted(path.stem for path in TESTS.glob("aot_specs_*.py"))
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def reports(module: str, capability: int, cache: Path, *options: str) -> list[dict]:
-    """What the harness prints, run without the interpreter that this process may have on."""
+def reports(module: str, capability: int, *options: str) -> list[dict]:
+    """What the harness prints, run without the interpreter that this process may have on.
+
+    Triton keeps what it compiled, by a hash of all that it was made from; here under build, for the next run.
+    """
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     path = [str(TESTS), str(TESTS.parent / "kernels"), *sys.path]
-    environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(cache)}
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(CACHE)}
     done = subprocess.run(
         [sys.executable, str(TESTS / "triton_aot.py"), module, str(capability), *options],
         env=environment,
@@ -41,22 +45,22 @@ def check(found: list[dict]) -> None:
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("module", MODULES)
-def test_production_configurations(module, capability, tmp_path):
-    check(reports(module, capability, tmp_path))
+def test_production_configurations(module, capability):
+    check(reports(module, capability))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("module", MODULES)
-def test_all_configurations(module, capability, tmp_path):
-    check(reports(module, capability, tmp_path, "--slow"))
+def test_all_configurations(module, capability):
+    check(reports(module, capability, "--slow"))
 
 
-def test_harness_finds_what_is_wrong(tmp_path):
+def test_harness_finds_what_is_wrong():
     sys.path.insert(0, str(TESTS))
     from aot_bad_kernels import EXPECTED
 
-    found = {r["spec"]: " ".join(r["problems"]) for r in reports("aot_bad_kernels", 90, tmp_path)}
+    found = {r["spec"]: " ".join(r["problems"]) for r in reports("aot_bad_kernels", 90)}
     assert found.keys() == EXPECTED.keys()
     for name, sentence in EXPECTED.items():
         assert (sentence in found[name]) if sentence else not found[name], (name, found[name])

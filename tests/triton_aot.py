@@ -237,9 +237,20 @@ def _child(spec: Spec, capability: int, out: str) -> None:
             os._exit(status)
 
 
+def _prepare() -> None:
+    """What every child would do anew: half a second for the key of Triton itself."""
+    from triton.compiler import compiler
+    from triton.runtime import cache
+
+    (getattr(cache, "triton_key", None) or compiler.triton_key)()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+
+
 def examine_all(specs: list[Spec], capability: int, jobs: int) -> Iterator[dict[str, Any]]:
     """Reports of all specs, `jobs` at a time; one whose compiler fails reports what it said last."""
     waiting, running = list(enumerate(specs)), {}
+    _prepare()
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             while waiting and len(running) < jobs:
