@@ -18,6 +18,7 @@ def install() -> None:
         semantic.binary_op_sanitize_overflow_impl = lambda *_: None  # what it finds is told with "debug" alone
     if hasattr(interpreter, "_LangPatchScope"):
         _once_a_launch(interpreter)
+    _made_once()
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype)
 
@@ -45,6 +46,36 @@ def _once_a_launch(interpreter) -> None:
             launches.pop()
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = once, launch
+
+
+def _made_once() -> None:
+    """Types of blocks, and what a tensor takes from its type, are the same for the same shape."""
+    import triton.language as tl
+
+    make_block, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    blocks: dict[tuple, dict] = {}
+
+    @functools.wraps(make_block)
+    def block(self, element_ty, shape):
+        if type(element_ty) is not tl.dtype:
+            return make_block(self, element_ty, shape)
+        key = element_ty.name, *(s.value if isinstance(s, tl.constexpr) else s for s in shape)
+        if (made := blocks.get(key)) is None:
+            make_block(self, element_ty, shape)
+            made = blocks[key] = dict(self.__dict__, of_tensor={})
+        self.__dict__.update(made)
+
+    @functools.wraps(make_tensor)
+    def tensor(self, handle, type):
+        made = type.__dict__.get("of_tensor")
+        if not made:
+            make_tensor(self, handle, type)
+            if made is not None:
+                made.update({n: v for n, v in self.__dict__.items() if n not in ("handle", "type")})
+            return
+        self.__dict__.update(made, handle=handle, type=type)
+
+    tl.block_type.__init__, tl.tensor.__init__ = block, tensor
 
 
 def _remembered(original):
