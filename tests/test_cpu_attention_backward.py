@@ -142,6 +142,26 @@ def test_parts_with_a_window(tier, dtype, queries, keys):
     check([attention_case(1, queries, keys, 2, 1, 40, 70)], dtype)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("window", (0, 90))
+def test_threads_change_nothing_in_parts(tier, dtype, window):
+    """Two KV heads of a long sequence: parts of first and last tiles, some joined while others still run."""
+    q, dout = (fill((1, 1100, 6, 24), seed=s).to(dtype) for s in (0, 1))
+    k, v = (fill((1, 1100, 2, 24), seed=s).to(dtype) for s in (2, 3))
+    dlse = fill((1, 6, 1100), seed=4).float()
+    expected = gradients(q, k, v, dout, dlse, window)
+    for threads in (2, 3, 16):
+        torch.set_num_threads(threads)
+        again = gradients(q, k, v, dout, dlse, window)
+        assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+@pytest.mark.parametrize("window", (None, 90))
+def test_long_sequences_in_parts(window):
+    for queries, keys in ((1100, 1100), (700, 900)):
+        check([attention_case(1, queries, keys, 6, 2, 24, window)], torch.bfloat16)
+
+
 def test_empty_and_unseen():
     for batch, queries, keys in ((0, 5, 5), (2, 0, 7), (2, 5, 0)):
         q, k = fill((batch, queries, 4, 16)).requires_grad_(), fill((batch, keys, 2, 16)).requires_grad_()

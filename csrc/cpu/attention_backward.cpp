@@ -206,21 +206,23 @@ void run_tile(const Task<T>& t, const Tile& tile, typename Task<T>::Scalar* dk, 
 }
 
 template <class T>
-void run(const AttentionGradients& g, const GradientTask& task, char* scratch, char* sums) {
+int64_t run(const AttentionGradients& g, const GradientTask& task, char* scratch, int64_t packed) {
   using Scalar = typename TaskKeys<T>::Scalar;
   const TaskOf<T> t(g, task, scratch);
   const int64_t group = t.a.heads / t.a.kv_heads, head = task.kv_head * group;
-  Scalar *dk = (Scalar*)sums, *dv = dk + t.sum_keys() * t.columns;
+  Scalar *dk = (Scalar*)task.sums, *dv = dk + t.sum_keys() * t.columns;
+  pack_keys_of(t, packed);
   if constexpr (by_matrices<typename TaskKeys<T>::M>) {
 #if MK_AMX
     run_matrix_tiles(t, head, group, {t, dk, dv});
 #endif
   } else {
-    __builtin_memset(sums, 0, 2 * t.sum_keys() * t.columns * sizeof(Scalar));
-    pack_keys_of(t);
-    for (int64_t first = t.tiles.first; first < t.tiles.last; first += t.tiles.step)
-      for (int64_t h = 0; h < group; h++) run_tile(t, tile_at(t, head + h, first), dk, dv);
+    __builtin_memset(task.sums, 0, 2 * t.sum_keys() * t.columns * sizeof(Scalar));
+    each_tile(t, [&](int64_t first, int64_t end) {
+      for (int64_t h = 0; h < group; h++) run_tile(t, tile_at(t, head + h, first, end), dk, dv);
+    });
   }
+  return most(packed, t.keys);
 }
 
 // The sums of all parts.
@@ -235,12 +237,11 @@ struct Sums {
   Part parts[most_parts];
   int64_t count, columns;
 
-  Sums(const AttentionGradients& g, GradientTask task, const char* sums, int64_t bytes)
-      : count(task.parts), columns(value_columns<M>(g.a.dim)) {
-    for (task.part = 0; task.part < count; task.part++) {
-      const TaskKeys<T> t(g, task);
-      parts[task.part] = {(const typename M::Scalar*)(sums + task.part * bytes), t.start, t.keys,
-                          t.sum_keys() * columns};
+  Sums(const AttentionGradients& g, const GradientTask* tasks, int64_t count)
+      : count(count), columns(value_columns<M>(g.a.dim)) {
+    for (int64_t i = 0; i < count; i++) {
+      const TaskKeys<T> t(g, tasks[i]);
+      parts[i] = {(const typename M::Scalar*)tasks[i].sums, t.start, t.keys, t.sum_keys() * columns};
     }
   }
 
@@ -257,16 +258,16 @@ struct Sums {
 };
 
 template <class T>
-void finish(const AttentionGradients& g, const GradientTask& task, char* sums, int64_t sums_bytes) {
+void finish(const AttentionGradients& g, const GradientTask* parts, int64_t count, int64_t first, int64_t last) {
   using M = typename ArithmeticOf<T>::type;
   using Scalar = typename M::Scalar;
   const Attention& a = g.a;
-  const GradientSequence& to = g.sequences[task.sequence];
+  const GradientSequence& to = g.sequences[parts->sequence];
   // The unit's q has the sign of the scale already.
   const Scalar scale = (Scalar)(by_matrices<M> ? scaling(a.scale).magnitude : a.scale);
-  const Sums<T> all(g, task, sums, sums_bytes);
-  for (int64_t key = 0; key < a.sequences[task.sequence].keys; key++) {
-    const int64_t at = (key * a.kv_heads + task.kv_head) * a.dim;
+  const Sums<T> all(g, parts, count);
+  for (int64_t key = first; key < last; key++) {
+    const int64_t at = (key * a.kv_heads + parts->kv_head) * a.dim;
     for (int64_t d = 0; d < a.dim; d += M::width) {
       store_columns<M>((T*)to.dk + at, d, a.dim, all.add_up(0, key, d) * scale);
       store_columns<M>((T*)to.dv + at, d, a.dim, all.add_up(1, key, d));
@@ -275,14 +276,9 @@ void finish(const AttentionGradients& g, const GradientTask& task, char* sums, i
 }
 
 template <class T>
-AttentionBackwardKernels::Sizes sizes(const AttentionGradients& g, int64_t sequence, int64_t parts) {
-  AttentionBackwardKernels::Sizes largest = {};
-  for (int64_t p = 0; p < parts; p++) {
-    const TaskOf<T> t(g, {sequence, 0, p, parts}, nullptr);
-    largest.scratch_bytes = most(largest.scratch_bytes, t.bytes);
-    largest.sums_bytes = most(largest.sums_bytes, t.sums_bytes());
-  }
-  return largest;
+AttentionBackwardKernels::Sizes sizes(const AttentionGradients& g, const GradientTask& task) {
+  const TaskOf<T> t(g, task, nullptr);
+  return {t.bytes, t.sums_bytes()};
 }
 
 }  // namespace

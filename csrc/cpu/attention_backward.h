@@ -17,51 +17,34 @@ struct AttentionGradients {
   int64_t rows, heads;  // of a tile: queries, an even number, and query heads where the kernels take several
 };
 
+static inline bool windowed(const Attention& a) { return a.causal && a.window; }
+
 // The most parts of one KV head.
-constexpr int64_t most_parts = 8;
+constexpr int64_t most_parts = 64;
 
-// Some of the tiles of all query heads of one KV head. Each part has its own sums of dk and dv.
-struct GradientTask {
-  int64_t sequence, kv_head, part, parts;
-};
-
-// Tiles of a part begin with the queries first, first + step, ... before `last`.
+// Tiles that begin with the queries first, first + rows, ... before `last`.
 struct GradientTiles {
-  int64_t first, last, step;
+  int64_t first, last;
 };
 
-// Neighbours, which see the same keys, with about as many scores in each part. Without a window tiles of one head are
-// every so many instead, since the later ones see more keys.
-static inline GradientTiles tiles_of(const AttentionGradients& g, const GradientTask& task) {
-  const AttentionSequence& s = g.a.sequences[task.sequence];
-  if (!g.a.window && g.heads == 1) return {task.part * g.rows, s.queries, task.parts * g.rows};
-  const auto scores = [&](int64_t first) {
-    const int64_t end = first + g.rows < s.queries ? first + g.rows : s.queries;
-    return (end - first) * (end_visible(g.a, s, end - 1) - first_visible(g.a, s, first)) + 1;
-  };
-  int64_t all = 0, before = 0;
-  for (int64_t first = 0; first < s.queries; first += g.rows) all += scores(first);
-  GradientTiles tiles = {s.queries, s.queries, g.rows};
-  for (int64_t first = 0; first < s.queries; first += g.rows) {
-    const int64_t middle = 2 * before + scores(first), part = middle * task.parts / (2 * all);
-    if (part >= task.part && first < tiles.first) tiles.first = first;
-    if (part > task.part) {
-      tiles.last = first;
-      break;
-    }
-    before += scores(first);
-  }
-  return tiles;
-}
+// Some of the tiles of all query heads of one KV head, those of two stretches, of which the second may have none. Each
+// such part has its own sums of dk and dv.
+struct GradientTask {
+  int64_t sequence, kv_head;
+  GradientTiles tiles[2];
+  char* sums;
+};
 
 struct AttentionBackwardKernels {
   struct Sizes {
-    int64_t scratch_bytes, sums_bytes;  // of a task; sums of a part
+    int64_t scratch_bytes, sums_bytes;
   };
-  using Measure = Sizes (*)(const AttentionGradients&, int64_t sequence, int64_t parts);
-  using Run = void (*)(const AttentionGradients&, const GradientTask&, char* scratch, char* sums);
-  // Joins the sums of all parts, `sums_bytes` apart, in order, and writes dk and dv.
-  using Finish = void (*)(const AttentionGradients&, const GradientTask&, char* sums, int64_t sums_bytes);
+  using Measure = Sizes (*)(const AttentionGradients&, const GradientTask&);
+  // Of the keys `packed` are in the scratch memory already, from a task before of the same KV head without a window;
+  // returns how many are now.
+  using Run = int64_t (*)(const AttentionGradients&, const GradientTask&, char* scratch, int64_t packed);
+  // Joins the sums of a KV head's `parts`, in order, and writes dk and dv of the keys [first, last).
+  using Finish = void (*)(const AttentionGradients&, const GradientTask*, int64_t parts, int64_t first, int64_t last);
   int64_t row_unit[dtypes];    // what the queries of a tile are a multiple of
   bool several_heads[dtypes];  // whether a tile may have them
   Measure sizes[dtypes];

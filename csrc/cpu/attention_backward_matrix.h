@@ -14,8 +14,8 @@ constexpr int64_t strip_queries = 32, block_keys = 32;
 constexpr int64_t block_scores = block_keys * strip_queries;
 
 struct MatrixTask : TaskKeys<bf16> {
-  uint32_t *k, *v;                 // [keys / 16][words / 16][16 keys][16 words]
-  uint32_t* k_columns;             // [keys / 32][32 columns][16 pairs of keys, 16 keys apart] for each 32 columns
+  uint32_t *k, *v;                 // [held / 16][words / 16][16 keys][16 words]
+  uint32_t* k_columns;             // [held / 32][32 columns][16 pairs of keys, 16 keys apart] for each 32 columns
   uint32_t* rows;                  // [32][row_words], a strip's q or dout
   uint32_t *q, *dout;              // [2][words][16 queries] of a strip
   uint32_t *q_pairs, *dout_pairs;  // [strips][2][16 pairs of queries][16 columns] for each 32 columns
@@ -29,9 +29,9 @@ struct MatrixTask : TaskKeys<bf16> {
       : TaskKeys(g, task), strips(g.heads * g.rows / strip_queries) {
     Buffers from = {scratch};
     const int64_t blocks = span / block_keys;
-    from.take(k, keys * words);
-    from.take(v, keys * words);
-    from.take(k_columns, keys / 2 * columns);
+    from.take(k, held * words);
+    from.take(v, held * words);
+    from.take(k_columns, held / 2 * columns);
     from.take(rows, strip_queries * row_words);
     from.take(q, strip_queries * words);
     from.take(dout, strip_queries * words);
@@ -83,7 +83,7 @@ void pack_key_columns(const MatrixTask& t, int64_t key) {
     load_transposed(from + w * matrix_rows, matrix_words, low);
     load_transposed(from + (t.words + w) * matrix_rows, matrix_words, high);
     for (int64_t j = 0; j < least(lanes, t.columns / 2 - w); j++) {
-      uint32_t* to = t.k_columns + column_words(t, t.keys / block_keys, key / block_keys, 2 * (w + j));
+      uint32_t* to = t.k_columns + column_words(t, t.held / block_keys, key / block_keys, 2 * (w + j));
       store_words(to, (low[j] & 0xffffu) | high[j] << 16);
       store_words(to + lanes, low[j] >> 16 | (high[j] & 0xffff0000u));
     }
@@ -104,9 +104,9 @@ MK_INLINE void fetch_row(const MatrixTask& t, const void* row) {
 
 constexpr int64_t keys_ahead = 32;
 
-void pack_keys_of(const MatrixTask& t) {
+void pack_keys_of(const MatrixTask& t, int64_t packed) {
   const int64_t there = t.s.keys - t.start;
-  for (int64_t key = 0; key < t.keys; key++) {
+  for (int64_t key = packed; key < t.keys; key++) {
     if (key + keys_ahead < there) {
       const Row row = find_key<bf16>(t.s, t.kv_head, t.start + key + keys_ahead);
       fetch_row(t, row.k);
@@ -360,7 +360,7 @@ void matrix_strip(const MatrixTask& t, const Tile& tile, const Strip& strip, con
                        t.ds_pairs + b * block_scores / 2);
   }
   each_registers(t.columns, [&]<int MT>(int64_t d, Registers<MT>) {
-    const uint32_t* from = t.k_columns + column_words(t, t.keys / block_keys, first / block_keys, d);
+    const uint32_t* from = t.k_columns + column_words(t, t.held / block_keys, first / block_keys, d);
     multiply_matrices<false, MT, 2>(left_blocks(from, MT * matrix_block * 4),
                                     right_blocks(t.ds_pairs, block_scores * 2), blocks, t.dq + d * strip_queries,
                                     strip_queries * 4, true);
@@ -417,10 +417,10 @@ void run_matrix_tile(const MatrixTask& t, const Tile& tile, int64_t heads, KeySu
 
 // All tiles of a task, of `group` heads from `head` on.
 void run_matrix_tiles(const MatrixTask& t, int64_t head, int64_t group, KeySums sums) {
-  pack_keys_of(t);
-  for (int64_t first = t.tiles.first; first < t.tiles.last; first += t.tiles.step)
+  each_tile(t, [&](int64_t first, int64_t end) {
     for (int64_t h = 0; h < group; h += t.g.heads)
-      run_matrix_tile(t, tile_at(t, head + h, first), least(t.g.heads, group - h), sums);
+      run_matrix_tile(t, tile_at(t, head + h, first, end), least(t.g.heads, group - h), sums);
+  });
   sums.begin(t.keys);
 }
 

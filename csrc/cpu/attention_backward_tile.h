@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t keys_of_sum = 512;  // float32 sums over keys are no longer than this
 
 // The tiles of a task and the keys that they see. Keys count from `start`, a whole panel, and are those that the part's
-// queries see; a tile's count from its own first panel on, and are at most `span`.
+// queries see; a tile's count from its own first panel on, and are at most `span`. There is room for `held` packed
+// keys: without a window all tasks of a KV head find them in one place.
 template <class T>
 struct TaskKeys {
   using M = typename ArithmeticOf<T>::type;
@@ -19,19 +20,25 @@ struct TaskKeys {
   const Attention& a;
   const AttentionSequence& s;
   const GradientSequence& d;
-  GradientTiles tiles;
-  int64_t kv_head, words, row_words, columns, start, keys, span;
+  const GradientTiles (&tiles)[2];
+  int64_t kv_head, words, row_words, columns, start, keys, held, span;
 
   TaskKeys(const AttentionGradients& g, const GradientTask& task)
-      : g(g), a(g.a), s(a.sequences[task.sequence]), d(g.sequences[task.sequence]), kv_head(task.kv_head) {
+      : g(g),
+        a(g.a),
+        s(a.sequences[task.sequence]),
+        d(g.sequences[task.sequence]),
+        tiles(task.tiles),
+        kv_head(task.kv_head) {
     constexpr int64_t n = panel_keys<M>;
-    tiles = tiles_of(g, task);
     words = key_words<M>(a.dim);
     row_words = query_words<M>(a.dim);
     columns = value_columns<M>(a.dim);
-    start = round_down(first_visible(a, s, tiles.first), n);
-    keys = most(0, round_up(end_visible(a, s, tiles.last - 1) - start, n));
-    span = least(keys, a.causal && a.window ? round_up(a.window + g.rows, n) + n : keys) + 2 * n;
+    const int64_t last = most(tiles[0].last, tiles[1].last);
+    start = round_down(first_visible(a, s, tiles[0].first), n);
+    keys = most(0, round_up(end_visible(a, s, last - 1) - start, n));
+    held = windowed(a) ? keys : round_up(s.keys, n);
+    span = least(keys, windowed(a) ? round_up(a.window + g.rows, n) + n : keys) + 2 * n;
   }
 
   // Keys of the sums, [sum_keys()][columns].
@@ -65,11 +72,11 @@ struct Task : TaskKeys<T> {
   int64_t bytes;
 
   Task(const AttentionGradients& g, const GradientTask& task, char* scratch) : TaskKeys<T>(g, task) {
-    const int64_t keys = this->keys, span = this->span, columns = this->columns;
+    const int64_t held = this->held, span = this->span, columns = this->columns;
     Buffers from = {scratch};
-    from.take(k_panels, keys * this->words);
-    from.take(v_panels, keys * this->words);
-    from.take(k_rows, keys / M::step * columns);
+    from.take(k_panels, held * this->words);
+    from.take(v_panels, held * this->words);
+    from.take(k_rows, held / M::step * columns);
     from.take(q, g.rows * this->row_words);
     from.take(dout, g.rows * this->row_words);
     from.take(q_rows, g.rows / M::step * columns);
@@ -89,11 +96,19 @@ struct Tile {
   int64_t head, first, count, base, end;
 };
 
-// The tile from query `first` on.
+// f(first, end) for the queries of each tile.
+template <class T, class F>
+MK_INLINE void each_tile(const TaskKeys<T>& t, F f) {
+  for (const GradientTiles& tiles : t.tiles)
+    for (int64_t first = tiles.first; first < tiles.last; first += t.g.rows)
+      f(first, least(first + t.g.rows, tiles.last));
+}
+
+// The tile of the queries [first, end).
 template <class T>
-Tile tile_at(const TaskKeys<T>& t, int64_t head, int64_t first) {
+Tile tile_at(const TaskKeys<T>& t, int64_t head, int64_t first, int64_t end) {
   using M = typename TaskKeys<T>::M;
-  Tile tile = {head, first, least(t.g.rows, t.s.queries - first), 0, 0};
+  Tile tile = {head, first, end - first, 0, 0};
   const int64_t from = most(first_visible(t.a, t.s, first) - t.start, 0);
   tile.base = least(round_down(from, panel_keys<M>), t.keys);
   tile.end = most(tile.base, round_up(end_visible(t.a, t.s, first + tile.count - 1) - t.start, 2 * M::width));
@@ -101,10 +116,10 @@ Tile tile_at(const TaskKeys<T>& t, int64_t head, int64_t first) {
 }
 
 template <class T>
-void pack_keys_of(const Task<T>& t) {
+void pack_keys_of(const Task<T>& t, int64_t packed) {
   using M = typename Task<T>::M;
   constexpr int64_t n = panel_keys<M>;
-  for (int64_t key = 0; key < t.keys; key += n) {
+  for (int64_t key = packed; key < t.keys; key += n) {
     const int64_t count = least(n, t.s.keys - t.start - key);
     const T *k[n], *v[n];
     for (int64_t i = 0; i < count; i++) {

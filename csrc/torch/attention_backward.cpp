@@ -7,15 +7,17 @@
 #include <vector>
 
 #include "torch/attention_run.h"
+#include "torch/gradient_parts.h"
 #include "torch/ops.h"
 #include "torch/work.h"
 
 namespace mk {
 namespace {
 
-// Tasks that keep a machine busy, where a batch has too few KV heads: the shape alone decides, and with it the order of
-// the sums.
-constexpr int64_t enough_tasks = most_parts;
+// Keys whose gradients are joined at a time.
+constexpr int64_t joined_keys = 64;
+// Sums kept for the next call.
+constexpr size_t largest_spare = size_t{64} << 20;
 // P and dS of a tile, in bytes, that the L2 cache mostly holds.
 constexpr int64_t tile_bytes = int64_t{3} << 19;
 // Rows of a tile of several heads, queries times heads: so many that the sums of dk and dv, which it loads and stores
@@ -29,9 +31,42 @@ int64_t rows_of_tile(const Attention& a, int64_t keys, int64_t unit) {
   return std::clamp<int64_t>(rows / unit * unit, std::max<int64_t>(unit, 24), tile_rows);
 }
 
-struct Sums {
-  std::unique_ptr<Memory> memory;
+// Memory for the sums of parts that other threads join. One call gives it to the next: a fresh block costs a page
+// fault every 4 KB.
+class Blocks {
+ public:
+  std::unique_ptr<Memory> take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (free_.empty()) return std::make_unique<Memory>();
+    std::unique_ptr<Memory> memory = std::move(free_.back());
+    free_.pop_back();
+    return memory;
+  }
+
+  void give(std::unique_ptr<Memory> memory) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(std::move(memory));
+  }
+
+  void shrink() {
+    size_t bytes = 0, kept = 0;
+    while (kept < free_.size() && (bytes += free_[kept]->size()) <= largest_spare) kept++;
+    free_.resize(kept);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Memory>> free_;
+};
+
+std::atomic<Blocks*> spare{nullptr};
+std::atomic<uint64_t> runs{0};
+
+// What joins the sums of a KV head.
+struct Head {
+  int64_t first, count, keys;  // its tasks, one after the other
   std::atomic<int64_t> left;
+  std::vector<std::unique_ptr<Memory>> sums;
 };
 
 class Backward {
@@ -45,68 +80,136 @@ class Backward {
     g_.a.sequences = sequences_.data();
     dtype_ = static_cast<int>(g_.a.dtype);
     const int64_t heads = static_cast<int64_t>(sequences_.size()) * g_.a.kv_heads;
-    wanted_ = heads ? (enough_tasks + heads - 1) / heads : 1;
+    const int64_t parts = heads ? (gradient_cuts[0].tasks + heads - 1) / heads : 1;
     const int64_t unit = kernels_.row_unit[dtype_];
     g_.heads = 1;
     g_.rows = rows_of_tile(g_.a, keys, unit);
     if (!kernels_.several_heads[dtype_]) return;
     g_.heads = std::min(g_.a.heads / g_.a.kv_heads, stacked_rows / unit);
-    const int64_t most = stacked_rows / g_.heads / unit * unit, share = (queries + wanted_ - 1) / wanted_;
+    const int64_t most = stacked_rows / g_.heads / unit * unit, share = (queries + parts - 1) / parts;
     g_.rows = std::clamp((share + unit - 1) / unit * unit, unit, most);
   }
 
   void operator()() {
-    for (size_t i = 0; i < sequences_.size(); i++) plan(i);
-    const std::unique_ptr<Sums[]> sums(new Sums[joined_]());
-    for (const Planned& p : tasks_) sums[p.sums].left++;
-    share_out(tasks_.size(), work_, [&](int64_t i) { run(tasks_[i], sums[tasks_[i].sums]); });
+    plan();
+    const auto cost = [this](int64_t i) { return costs_[i]; };
+    share_out_parts(even_parts(tasks_.size(), cost), work_, [this](int64_t i) { run(i); });
+    join();
+    blocks_->shrink();
+    delete spare.exchange(blocks_.release());
   }
 
  private:
-  struct Planned {
-    GradientTask task;
-    int64_t sums;
-    AttentionBackwardKernels::Sizes bytes;
-  };
-
-  void plan(int64_t index) {
-    const AttentionSequence& s = sequences_[index];
-    if (!s.keys) return;
-    const int64_t tiles = (s.queries + g_.rows - 1) / g_.rows, parts = std::clamp<int64_t>(tiles, 1, wanted_);
-    const auto bytes = kernels_.sizes[dtype_](g_, index, parts);
-    for (int64_t kv_head = 0; kv_head < g_.a.kv_heads; kv_head++, joined_++)
-      for (int64_t part = 0; part < parts; part++) tasks_.push_back({{index, kv_head, part, parts}, joined_, bytes});
-    work_ += 5.0 * s.queries * s.keys * g_.a.dim * g_.a.heads;
+  void plan() {
+    std::vector<GradientParts> sequences;
+    double all = 1;
+    for (const AttentionSequence& s : sequences_) {
+      sequences.emplace_back(g_, s, !kernels_.several_heads[dtype_]);
+      all += sequences.back().scores();
+      work_ += 5.0 * s.queries * s.keys * g_.a.dim * g_.a.heads;
+    }
+    for (size_t i = 0; i < sequences_.size(); i++)
+      if (sequences_[i].keys) plan(i, sequences[i], sequences[i].scores() / all);
+    heads_.reset(new Head[planned_.size()]());
+    for (size_t i = 0; i < planned_.size(); i++) {
+      const auto [first, count] = planned_[i];
+      heads_[i].first = first, heads_[i].left = heads_[i].count = count;
+      heads_[i].keys = sequences_[tasks_[first].sequence].keys;
+      if (count > 1) heads_[i].sums.resize(count);
+    }
   }
 
-  // The sums of a part lie in the thread's own memory where there is one part, else in memory that all of them share.
-  void run(const Planned& p, Sums& shared) {
-    static thread_local Memory memory;
-    const bool alone = p.task.parts == 1;
-    char* scratch = memory.at_least(p.bytes.scratch_bytes + (alone ? p.bytes.sums_bytes : 0));
-    char* sums = scratch + p.bytes.scratch_bytes;
-    if (!alone) {
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (!shared.memory) shared.memory = std::make_unique<Memory>();
-        sums = shared.memory->at_least(p.task.parts * p.bytes.sums_bytes);
-      }
+  void plan(int64_t index, const GradientParts& sequence, double share) {
+    std::vector<GradientTask> parts = sequence.cut(share);
+    std::vector<double> costs;
+    for (GradientTask& task : parts) {
+      task.sequence = index;
+      const auto bytes = kernels_.sizes[dtype_](g_, task);
+      scratch_bytes_ = std::max(scratch_bytes_, bytes.scratch_bytes);
+      sums_bytes_ = std::max(sums_bytes_, bytes.sums_bytes);
+      costs.push_back(sequence.cost(task));
     }
-    kernels_.run[dtype_](g_, p.task, scratch, sums + (alone ? 0 : p.task.part * p.bytes.sums_bytes));
-    if (shared.left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-    kernels_.finish[dtype_](g_, p.task, sums, p.bytes.sums_bytes);
-    shared.memory.reset();
+    for (int64_t kv_head = 0; kv_head < g_.a.kv_heads; kv_head++) {
+      for (GradientTask& task : parts) task.kv_head = kv_head;
+      head_of_.insert(head_of_.end(), parts.size(), planned_.size());
+      planned_.push_back({tasks_.size(), parts.size()});
+      tasks_.insert(tasks_.end(), parts.begin(), parts.end());
+      costs_.insert(costs_.end(), costs.begin(), costs.end());
+    }
+  }
+
+  // The sums of a part lie in the thread's own memory where it is the only one.
+  void run(int64_t i) {
+    static thread_local Memory memory;
+    GradientTask& task = tasks_[i];
+    Head& head = heads_[head_of_[i]];
+    const bool alone = head.count == 1;
+    char* scratch = memory.at_least(scratch_bytes_ + (alone ? sums_bytes_ : 0));
+    task.sums = scratch + scratch_bytes_;
+    if (!alone) {
+      std::unique_ptr<Memory>& block = head.sums[i - head.first];
+      block = blocks_->take();
+      task.sums = block->at_least(sums_bytes_);
+    }
+    run_packing(i, scratch);
+    const int64_t done = done_.fetch_add(1, std::memory_order_relaxed) + 1;
+    if (head.left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    // At the end all threads join.
+    if (!alone && done + threads_ > static_cast<int64_t>(tasks_.size())) return;
+    finish(head, 0, head.keys);
+    release(head);
+  }
+
+  // With the keys that a task before has packed in this thread's memory.
+  void run_packing(int64_t i, char* scratch) const {
+    static thread_local uint64_t run;
+    static thread_local int64_t head, packed;
+    if (run != id_ || head != head_of_[i] || windowed(g_.a)) run = id_, head = head_of_[i], packed = 0;
+    packed = kernels_.run[dtype_](g_, tasks_[i], scratch, packed);
+  }
+
+  void finish(const Head& head, int64_t first, int64_t last) const {
+    kernels_.finish[dtype_](g_, tasks_.data() + head.first, head.count, first, last);
+  }
+
+  void release(Head& head) {
+    for (auto& block : head.sums) blocks_->give(std::move(block));
+    head.keys = 0;
+  }
+
+  // What is left when all tasks are done.
+  void join() {
+    std::vector<std::pair<Head*, int64_t>> pieces;
+    for (size_t i = 0; i < planned_.size(); i++)
+      for (int64_t key = 0; key < heads_[i].keys; key += joined_keys) pieces.push_back({&heads_[i], key});
+    share_out(pieces.size(), work_, [&](int64_t i) {
+      const auto [head, key] = pieces[i];
+      finish(*head, key, std::min(key + joined_keys, head->keys));
+    });
+    for (size_t i = 0; i < planned_.size(); i++)
+      if (heads_[i].keys) release(heads_[i]);
+  }
+
+  static std::unique_ptr<Blocks> take_spare() {
+    std::unique_ptr<Blocks> blocks(spare.exchange(nullptr));
+    return blocks ? std::move(blocks) : std::make_unique<Blocks>();
   }
 
   AttentionGradients g_;
   const std::vector<AttentionSequence>& sequences_;
   const AttentionBackwardKernels& kernels_ = pick(attention_backward_tiers);
+  const int64_t threads_ = threads();
   int dtype_;
-  int64_t wanted_;  // parts of a KV head
-  int64_t joined_ = 0;
+  int64_t scratch_bytes_ = 0, sums_bytes_ = 0;
   double work_ = 0;
-  std::vector<Planned> tasks_;
-  std::mutex mutex_;
+  std::vector<GradientTask> tasks_;
+  std::vector<double> costs_;
+  std::vector<int64_t> head_of_;
+  std::vector<std::pair<int64_t, int64_t>> planned_;  // of each KV head the first task, and how many
+  std::unique_ptr<Head[]> heads_;
+  std::unique_ptr<Blocks> blocks_ = take_spare();
+  std::atomic<int64_t> done_{0};
+  const uint64_t id_ = ++runs;
 };
 
 void check(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v) {

@@ -58,7 +58,7 @@ class Run {
     const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[joins_]());
     const auto one = [&](int64_t i) { run(work_[i], done.get()); };
     if (own_panels_)
-      share_out_parts(parts(), total_, one);
+      share_out_parts(even_parts(work_.size(), [this](int64_t i) { return work_[i].cost; }), total_, one);
     else
       share_out(work_.size(), total_, one);
     keep_spare(std::move(memory_));
@@ -105,18 +105,6 @@ class Run {
     for (const AttentionSequence& s : sequences_)
       own_panels_ &=
           decoded(s) || (s.keys * key_bytes <= own_bytes && s.queries * group_ * heads >= own_rows * threads());
-  }
-
-  // Where each thread's part of the work starts, and where the last ends: parts of equal cost.
-  std::vector<int64_t> parts() const {
-    const int64_t count = work_.size(), wanted = std::min(count, threads());
-    double all = 0, before = 0;
-    for (const Work& w : work_) all += w.cost;
-    std::vector<int64_t> starts{0};
-    for (int64_t i = 0; i < count && static_cast<int64_t>(starts.size()) < wanted; before += work_[i++].cost)
-      if (before * wanted >= all * starts.size()) starts.push_back(i);
-    starts.push_back(count);
-    return starts;
   }
 
   // A number for each KV head of each sequence.

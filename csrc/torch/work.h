@@ -104,6 +104,19 @@ void share_out_parts(const std::vector<int64_t>& starts, double work, const F& f
     with_help(shares, run);
 }
 
+// Where each thread's part of `count` items starts, and where the last ends: parts of equal cost.
+template <class Cost>
+std::vector<int64_t> even_parts(int64_t count, const Cost& cost) {
+  const int64_t wanted = std::min(count, threads());
+  double all = 0, before = 0;
+  for (int64_t i = 0; i < count; i++) all += cost(i);
+  std::vector<int64_t> starts{0};
+  for (int64_t i = 0; i < count && static_cast<int64_t>(starts.size()) < wanted; before += cost(i++))
+    if (before * wanted >= all * starts.size()) starts.push_back(i);
+  starts.push_back(count);
+  return starts;
+}
+
 // f(begin, end, after) for pieces of [0, count), each of at least `grain` but the last of a share, of which `after`
 // more come next. Cores get unequal parts of what memory gives, by a tenth and more: each thread works through a share
 // of its own, which its cache may know from the op before, and then helps. Stores of f past the caches end here.
@@ -124,6 +137,15 @@ void in_pieces(int64_t count, int64_t grain, const F& f) {
     for (int64_t begin, end; share.take(grain, &begin, &end);) f(begin, end, share.end - end);
     stream_fence();
   });
+}
+
+// f(begin, end) for pieces of [0, count), each of at least `grain`; longer ones where there are many, for an f that
+// takes some time to begin.
+template <class F>
+void in_long_pieces(int64_t count, int64_t grain, const F& f) {
+  constexpr int64_t longer = 4;
+  if (count < 2 * longer * grain * threads()) return in_parallel(count, grain, f);
+  in_pieces(count, longer * grain, [&](int64_t begin, int64_t end, int64_t) { f(begin, end); });
 }
 
 }  // namespace mk
