@@ -227,7 +227,7 @@ MK_INLINE void matrix_group(const LinearRows& a, int64_t n, int64_t count) {
 }
 
 void run_matrices(const LinearRows& a) {
-  pack(a);
+  if (!a.packed) pack(a);
   const int64_t last = a.first + a.count, whole = a.first + round_down(a.count, matrix_rows);
   if (whole > a.first) {
     const Matrices matrices(matrix_rows, a.rows);

@@ -11,6 +11,7 @@ struct LinearRows {
   void* out;
   int64_t x_row, weight_row, out_row, rows, k, first, count;
   char* memory;  // of the thread, aligned to 64
+  bool packed;   // whether x is there already
 };
 
 constexpr int64_t linear_rows = 16;

@@ -78,12 +78,15 @@ Tensor many_rows(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   return out;
 }
 
+std::atomic<uint64_t> prepared{0};
+
 // One product on its way; what it reads lives as long.
 struct Product {
   Tensor out, x, bias;
   Kernel kernel = nullptr;  // null where torch has done it, or there is nothing to do
   LinearRows all = {};
   int64_t memory_bytes = 0;
+  uint64_t id = 0;  // by which a thread knows that it has packed x
 
   int64_t groups() const { return kernel ? (all.count + linear_group - 1) / linear_group : 0; }
 
@@ -92,6 +95,9 @@ struct Product {
     share.first = begin * linear_group;
     share.count = std::min(end * linear_group, all.count) - share.first;
     thread_local Memory memory;
+    thread_local uint64_t held;
+    share.packed = held == id;
+    held = id;
     share.memory = memory.at_least(memory_bytes);
     kernel(share);
   }
@@ -127,7 +133,9 @@ Product prepare(const Tensor& x_in, const Tensor& weight, const Maybe& bias) {
            weight.size(1),
            0,
            n,
-           nullptr};
+           nullptr,
+           false};
+  p.id = ++prepared;
   if (const auto bytes = pick(linear_tiers).memory[static_cast<int>(dtype)]) p.memory_bytes = bytes(rows, p.all.k);
   return p;
 }
@@ -141,14 +149,14 @@ void run_all(const Product* products, size_t count) {
   }
   if (!groups) return;
   const int64_t group_bytes = elements / groups * linear_group * size_of(dtype_of(products[0].out));
-  in_parallel(groups, std::max<int64_t>(1, grain_bytes / std::max<int64_t>(1, group_bytes)),
-              [&](int64_t begin, int64_t end) {
-                for (size_t i = 0; i < count && end > 0; i++) {
-                  const int64_t here = products[i].groups();
-                  if (begin < here) products[i].run(begin, std::min(end, here));
-                  begin = std::max<int64_t>(begin - here, 0), end -= here;
-                }
-              });
+  in_long_pieces(groups, std::max<int64_t>(1, grain_bytes / std::max<int64_t>(1, group_bytes)),
+                 [&](int64_t begin, int64_t end) {
+                   for (size_t i = 0; i < count && end > 0; i++) {
+                     const int64_t here = products[i].groups();
+                     if (begin < here) products[i].run(begin, std::min(end, here));
+                     begin = std::max<int64_t>(begin - here, 0), end -= here;
+                   }
+                 });
 }
 
 }  // namespace

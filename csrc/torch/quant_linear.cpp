@@ -92,15 +92,17 @@ Tensor rounded_in_float64(const Call& c) {
 
 // ---- the kernels ----
 
+// `whole`: a thread's share is not cut into pieces with which others could help, since each begins with packing.
 template <class F>
-void share_outputs(const Call& c, int64_t bytes_of_row, void* out, const F& run) {
+void share_outputs(const Call& c, int64_t bytes_of_row, void* out, bool whole, const F& run) {
   const Tensor along = c.bias ? contiguous(*c.bias) : c.x;
   const int64_t n = c.weight.n, groups = (n + quant_group - 1) / quant_group;
-  in_parallel(groups, std::max<int64_t>(1, grain_bytes / std::max<int64_t>(1, quant_group * bytes_of_row)),
-              [&](int64_t begin, int64_t end) {
-                const int64_t first = begin * quant_group, count = std::min(end * quant_group, n) - first;
-                run(QuantShare{c.bias ? data(along) : nullptr, out, n, first, count});
-              });
+  const int64_t grain = std::max<int64_t>(1, grain_bytes / std::max<int64_t>(1, quant_group * bytes_of_row));
+  const auto some = [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * quant_group, count = std::min(end * quant_group, n) - first;
+    run(QuantShare{c.bias ? data(along) : nullptr, out, n, first, count});
+  };
+  whole ? in_parallel(groups, grain, some) : in_long_pieces(groups, grain, some);
 }
 
 bool are_few(const Call& c) {
@@ -119,7 +121,7 @@ bool multiply_rows(const Call& c, void* out) {
     rows.fixed = false;
     kernels.prepare[at](c.weight, rows);
   }
-  share_outputs(c, c.weight.row, out, [&](const QuantShare& share) { kernels.run[at](c.weight, rows, share); });
+  share_outputs(c, c.weight.row, out, false, [&](const QuantShare& share) { kernels.run[at](c.weight, rows, share); });
   return true;
 }
 
@@ -149,7 +151,7 @@ void multiply_int8(const Call& c, void* out) {
     for (int64_t i = begin; i < end; i++)
       quantise(data(c.x) + i * c.x_row * size_of(c.dtype), c.weight.k, codes + i * row, scales + i);
   });
-  share_outputs(c, c.weight.row * c.rows, out, [&](const QuantShare& share) {
+  share_outputs(c, c.weight.row * c.rows, out, true, [&](const QuantShare& share) {
     const Int8Product product{codes, scales, row, c.rows, &c.weight, share};
     if (!many) return kernels.multiply[at](product);
     thread_local Memory panels;

@@ -6,6 +6,7 @@
 #include "cpu/kv_codes.h"
 #include "torch/ops.h"
 #include "torch/rope.h"
+#include "torch/work.h"
 
 namespace mk {
 namespace {
@@ -124,7 +125,7 @@ void write(const Tensor& k_in, const Tensor& v_in, const Rings& rings, const Ten
   Ring keys(rings.k_cache, rings.k_scale, dtype), values(rings.v_cache, rings.v_scale, dtype);
   const char *k_from = data(k), *v_from = data(v);
   const int64_t size = size_of(dtype), k_head = k.stride(-2), v_head = v.stride(-2);
-  in_parallel(rows.count(), grain_rows(k.size(-2) * k.size(-1)), [&](int64_t begin, int64_t end) {
+  in_pieces(rows.count(), grain_rows(k.size(-2) * k.size(-1)), [&](int64_t begin, int64_t end, int64_t) {
     rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
       for (int64_t i = 0; i < count; i++) {
         const Target& target = targets[first + i];
@@ -153,7 +154,7 @@ std::tuple<Tensor, Tensor> rotate_and_write(const Tensor& q_in, const Tensor& k_
   Ring keys(rings.k_cache, rings.k_scale, dtype), values(rings.v_cache, rings.v_scale, dtype);
   const char* v_from = data(v);
   const int64_t size = size_of(dtype), k_head = k.size(-1), v_head = v.stride(-2);
-  in_parallel(rows.count(), rotation.grain(), [&](int64_t begin, int64_t end) {
+  in_pieces(rows.count(), rotation.grain(), [&](int64_t begin, int64_t end, int64_t) {
     rows.each(begin, end, [&](int64_t first, int64_t count, const int64_t* at) {
       for (int64_t i = 0; i < count; i++) {
         const int64_t token = first + i;
@@ -167,7 +168,6 @@ std::tuple<Tensor, Tensor> rotate_and_write(const Tensor& q_in, const Tensor& k_
         values.put(targets[token], v_from + (at[2] + i * rows.stride(2)) * size, v_head, size);
       }
     });
-    rotation.finish();
   });
   keys.finish();
   values.finish();

@@ -41,10 +41,6 @@ class Rotation {
   void clear(int64_t token) const;
 
   const char* rotated_k(int64_t token) const { return k_to_ + token * k_row_; }
-  // After a thread's last token.
-  void finish() const {
-    if (q_past_caches_) stream_fence();
-  }
   // Tokens that one thread should at least take.
   int64_t grain() const { return grain_rows((q_heads_ + k_heads_) * dim_); }
 
