@@ -33,6 +33,22 @@ int64_t words_of_block(int64_t tokens, int64_t vocabulary, int64_t chunk) {
   return std::min(most, multiple(even, 64));
 }
 
+// Panels of a task, where each of `down` equal strips of rows is cut into tasks of so many. Threads without a task in
+// the last turn are worth narrower ones, within a tenth of the shortest time.
+int64_t panels_of_task(int64_t down, int64_t panels) {
+  const int64_t least = pieces(mk::threads(), down);
+  const auto width = [&](int64_t across) { return pieces(panels, across); };
+  const auto time = [&](int64_t across) {
+    return pieces(down * pieces(panels, width(across)), mk::threads()) * width(across);
+  };
+  const int64_t most = std::min(panels, 4 * least);
+  int64_t shortest = time(std::min(least, panels));
+  for (int64_t across = least; across <= most; across++) shortest = std::min(shortest, time(across));
+  int64_t across = std::min(least, panels);
+  while (10 * time(across) > 11 * shortest) across++;
+  return width(across);
+}
+
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
 Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
@@ -209,13 +225,12 @@ class Loss {
   void add_pairs(Tensor& total, const Block& block) {
     if (!tokens_ || !n_) return;
     const Tensor weight = unit_stride(block.weight);
-    const int64_t columns = pair_columns(n_), threads = mk::threads();
+    const int64_t columns = pair_columns(n_);
     const int64_t most = std::max<int64_t>(256, packed_words / std::max<int64_t>(columns, 1) / 256 * 256) * 2;
-    const int64_t row_tasks = multiple(pieces(tokens_, 510), std::min(threads, pieces(tokens_, 16 * pair_strip)));
+    const int64_t row_tasks = multiple(pieces(tokens_, 510), std::min(mk::threads(), pieces(tokens_, 16 * pair_strip)));
     const int64_t rows = multiple(pieces(tokens_, row_tasks), pair_rows), down = pieces(tokens_, rows);
     const int64_t panels = pieces(columns, pair_panel);
-    const int64_t across = std::min(panels, pieces(threads, down));
-    const int64_t width = pieces(panels, across) * pair_panel;
+    const int64_t each = panels_of_task(down, panels), across = pieces(panels, each), width = each * pair_panel;
     char* packed = packed_.at_least(pieces(std::min(most, block.words), 2) * columns * 4);
     for (int64_t k = 0; k < block.words; k += most) {
       const int64_t count = std::min(most, block.words - k), words = pieces(count, 2);
