@@ -22,7 +22,7 @@ constexpr int64_t short_elements = 1 << 14;
 struct Python {
   const DLPackExchangeAPI* exchange;
   PyObject *tensor, *parameter;  // types; a tensor of another one may mean more than its numbers
-  PyObject* from_pointer;        // a tensor from a capsule with its handle; None where torch has no such function
+  PyObject* from_pointers;       // a list of tensors from a list of capsules with their handles
   PyObject* grad_is_enabled;
   PyObject* listeners[4];  // functions: where one answers with something true, a call would be seen
   PyObject *profiler, *forward_ad;
@@ -161,14 +161,19 @@ PyObject* tensor_of_memory(mk::Output& output) {
                                                                                  : static_cast<PyObject*>(tensor);
 }
 
-PyObject* tensor_of(mk::Output& output) {
-  if (!output.torch) return tensor_of_memory(output);
-  PyObject* capsule = PyCapsule_New(output.torch, nullptr, nullptr);
-  if (!capsule) return nullptr;
-  PyObject* tensor = PyObject_CallFunctionObjArgs(python.from_pointer, capsule, nullptr);
-  Py_DECREF(capsule);
+// The function that takes several handles takes them over; the one for a single handle does not.
+PyObject* tensor_of_torch(mk::Output& output) {
+  PyObject* handles = Py_BuildValue("[N]", PyCapsule_New(output.torch, nullptr, nullptr));
+  if (!handles) return nullptr;
+  PyObject* tensors = PyObject_CallFunctionObjArgs(python.from_pointers, handles, nullptr);
+  Py_DECREF(handles);
+  if (!tensors) return nullptr;
+  PyObject* tensor = PySequence_GetItem(tensors, 0);
+  Py_DECREF(tensors);
   return tensor;
 }
+
+PyObject* tensor_of(mk::Output& output) { return output.torch ? tensor_of_torch(output) : tensor_of_memory(output); }
 
 // A tensor, or a tuple of several or none.
 PyObject* result_of(mk::Output* outputs, int count) {
@@ -186,9 +191,9 @@ PyObject* result_of(mk::Output* outputs, int count) {
 
 enum class Outcome { done, needs_torch, refused };
 
-Outcome run(const Kernel& kernel, const Arguments& arguments, mk::Output* outputs, std::string* error) {
+Outcome run(const Kernel& kernel, const Arguments& arguments, mk::Output* outputs, bool own_memory, std::string* error) {
   try {
-    return kernel.run(arguments.all(), outputs) ? Outcome::done : Outcome::needs_torch;
+    return kernel.run(arguments.all(), outputs, own_memory) ? Outcome::done : Outcome::needs_torch;
   } catch (const std::exception& caught) {
     *error = caught.what();
     return Outcome::refused;
@@ -210,10 +215,10 @@ PyObject* call(PyObject* capsule, PyObject* const* values, Py_ssize_t count, boo
   Outcome outcome;
   std::string error;
   if (arguments.elements() < short_elements) {
-    outcome = run(kernel, arguments, outputs, &error);
+    outcome = run(kernel, arguments, outputs, above_autograd, &error);
   } else {
     Py_BEGIN_ALLOW_THREADS;
-    outcome = run(kernel, arguments, outputs, &error);
+    outcome = run(kernel, arguments, outputs, above_autograd, &error);
     Py_END_ALLOW_THREADS;
   }
   if (outcome == Outcome::refused && !above_autograd) {
@@ -263,11 +268,11 @@ PyObject* kernel(PyObject*, PyObject* arguments) {
   return both;
 }
 
-// ask(exchange, Tensor, Parameter, from_pointer, grad_is_enabled, listeners, profiler, forward_ad); see Python.
+// ask(exchange, Tensor, Parameter, from_pointers, grad_is_enabled, listeners, profiler, forward_ad); see Python.
 PyObject* ask(PyObject*, PyObject* arguments) {
   PyObject *exchange, *listeners;
   Python& p = python;
-  if (!PyArg_ParseTuple(arguments, "OOOOOO!OO", &exchange, &p.tensor, &p.parameter, &p.from_pointer,
+  if (!PyArg_ParseTuple(arguments, "OOOOOO!OO", &exchange, &p.tensor, &p.parameter, &p.from_pointers,
                         &p.grad_is_enabled, &PyTuple_Type, &listeners, &p.profiler, &p.forward_ad))
     return nullptr;
   p.exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"));

@@ -10,7 +10,7 @@
 namespace mk {
 namespace {
 
-thread_local bool called_directly = false;
+thread_local bool own_memory = false;
 
 std::map<std::string, Direct>& direct_kernels() {
   static std::map<std::string, Direct> all;
@@ -28,8 +28,8 @@ int32_t torch_dtype(Dtype dtype) {
 
 }  // namespace
 
-DirectCall::DirectCall() { called_directly = true; }
-DirectCall::~DirectCall() { called_directly = false; }
+OwnMemory::OwnMemory(bool on) { own_memory = on; }
+OwnMemory::~OwnMemory() { own_memory = false; }
 
 void add_direct(const char* op, Direct kernel) { direct_kernels()[op] = kernel; }
 
@@ -110,7 +110,7 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, Dtype dtype, const Tensor* like) {
   }
   const int64_t bytes = stride * size_of(dtype);
   const bool on_cpu = device == aoti_torch_device_type_cpu(), large = bytes >= large_output && on_cpu;
-  if (called_directly && !large && on_cpu && dims <= max_dims) return empty_block(sizes, strides, dtype, bytes);
+  if (own_memory && !large && on_cpu && dims <= max_dims) return empty_block(sizes, strides, dtype, bytes);
   const int32_t type = torch_dtype(dtype);
   AtenTensorHandle handle = large ? pooled(bytes, dims, sizes.data(), strides, type) : nullptr;
   if (handle) return Tensor(handle);

@@ -18,7 +18,7 @@ struct Argument {
   int64_t integer;  // of an int or a bool
 };
 
-// An output: memory of its own with what gives it back, or, if it is large, a tensor of torch's.
+// An output: memory of its own with what gives it back, or a tensor of torch's.
 struct Output {
   Array array;
   void* owner;
@@ -27,6 +27,7 @@ struct Output {
 };
 
 // Returns false, before any work, where the kernel would need torch's functions; throws where it refuses the arguments.
-using Direct = bool (*)(const Argument* arguments, Output* outputs);
+// `own_memory`: outputs that are not large have memory of their own, which is quicker than torch's.
+using Direct = bool (*)(const Argument* arguments, Output* outputs, bool own_memory);
 
 }  // namespace mk

@@ -11,12 +11,12 @@
 
 namespace mk {
 
-// As long as it lives, outputs of this thread are arrays, but for large ones.
-class DirectCall {
+// As long as it lives, outputs that this thread makes have memory of their own, but for large ones.
+class OwnMemory {
  public:
-  DirectCall();
-  ~DirectCall();
-  DirectCall(const DirectCall&) = delete;
+  explicit OwnMemory(bool on);
+  ~OwnMemory();
+  OwnMemory(const OwnMemory&) = delete;
 };
 
 // Lets Python find the kernel of an op.
@@ -99,8 +99,8 @@ struct Entry<f> {
       return As<R>::torchs(f(As<std::decay_t<A>>::ours(arguments)...));
   }
 
-  static bool direct(const Argument* arguments, Output* outputs) {
-    const DirectCall scope;
+  static bool direct(const Argument* arguments, Output* outputs, bool own_memory) {
+    const OwnMemory scope(own_memory);
     try {
       call(arguments, outputs, std::index_sequence_for<A...>());
     } catch (const NeedsTorch&) {

@@ -43,9 +43,9 @@ def _module() -> Any:
     try:
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         exchange = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
-        from_pointer = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr  # type: ignore[attr-defined]
+        from_pointers = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs  # type: ignore[attr-defined]
         kinds = (torch.Tensor, torch.nn.Parameter)
-        module.ask(exchange, *kinds, from_pointer, torch.is_grad_enabled, LISTENERS, profiler, forward_ad)
+        module.ask(exchange, *kinds, from_pointers, torch.is_grad_enabled, LISTENERS, profiler, forward_ad)
     except (ImportError, AttributeError) as error:
         warnings.warn(f"short calls of mistral_kernels are slower: {error}", RuntimeWarning, stacklevel=2)
         return None

@@ -227,7 +227,11 @@ def attention(
         NotImplementedError: `impl` cannot run here.
     """
     width = check_window(window)
-    if impl is None and not torch.is_autocast_enabled("cpu") and (cu_seqlens_q is None or max_seqlen_q is max_seqlen_k is None):
+    if (
+        impl is None
+        and not torch.is_autocast_enabled("cpu")
+        and (cu_seqlens_q is None or max_seqlen_q is max_seqlen_k is None)
+    ):
         cu = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         done = _attention.at_once(q, k, v, width, scale_of(scale, q), causal, cu_seqlens_q, cu, 0, 0)
         if done is not None:
