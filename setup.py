@@ -1,6 +1,6 @@
 """Builds one shared library on torch's stable ABI: csrc/cpu once for each instruction set, csrc/torch once, csrc/cuda
-where nvcc is found. Beside it lies a small module on CPython's, for short calls: csrc/python, where Python's headers are
-found.
+where nvcc is found. Beside it lies a small module on CPython's stable ABI, for short calls: csrc/python, where Python's
+headers are found.
 
 Writes a ninja file and lets ninja run the compilers. torch is only looked up for its headers, never imported, and may
 be missing: then the package is built without the library, and everything but the C++ kernels works.

@@ -40,8 +40,9 @@ struct Type {
   int32_t torch;
   DLDataType dlpack;
 };
-constexpr Type types[] = {{0, {kDLUInt, 8, 1}},   {1, {kDLInt, 8, 1}},    {3, {kDLInt, 32, 1}},   {4, {kDLInt, 64, 1}},
-                          {5, {kDLFloat, 16, 1}}, {6, {kDLFloat, 32, 1}}, {7, {kDLFloat, 64, 1}}, {15, {kDLBfloat, 16, 1}}};
+constexpr Type types[] = {{0, {kDLUInt, 8, 1}},   {1, {kDLInt, 8, 1}},     {3, {kDLInt, 32, 1}},
+                          {4, {kDLInt, 64, 1}},   {5, {kDLFloat, 16, 1}},  {6, {kDLFloat, 32, 1}},
+                          {7, {kDLFloat, 64, 1}}, {15, {kDLBfloat, 16, 1}}};
 
 // Takes the reference. What cannot be asked counts as true.
 bool is_true(PyObject* answer) {
@@ -151,14 +152,19 @@ PyObject* tensor_of_memory(mk::Output& output) {
   managed->manager_ctx = new mk::Output(output);
   managed->deleter = release;
   const mk::Array& a = output.array;
-  managed->dl_tensor = {a.data, {kDLCPU, 0}, static_cast<int32_t>(a.dims), {}, const_cast<int64_t*>(a.sizes),
-                        const_cast<int64_t*>(a.strides), 0};
+  managed->dl_tensor = {a.data,
+                        {kDLCPU, 0},
+                        static_cast<int32_t>(a.dims),
+                        {},
+                        const_cast<int64_t*>(a.sizes),
+                        const_cast<int64_t*>(a.strides),
+                        0};
   for (const Type& known : types)
     if (known.torch == a.type) managed->dl_tensor.dtype = known.dlpack;
   output = {};
   void* tensor;
   return python.exchange->managed_tensor_to_py_object_no_sync(managed, &tensor) ? nullptr
-                                                                                 : static_cast<PyObject*>(tensor);
+                                                                                : static_cast<PyObject*>(tensor);
 }
 
 // The function that takes several handles takes them over; the one for a single handle does not.
@@ -191,7 +197,8 @@ PyObject* result_of(mk::Output* outputs, int count) {
 
 enum class Outcome { done, needs_torch, refused };
 
-Outcome run(const Kernel& kernel, const Arguments& arguments, mk::Output* outputs, bool own_memory, std::string* error) {
+Outcome run(const Kernel& kernel, const Arguments& arguments, mk::Output* outputs, bool own_memory,
+            std::string* error) {
   try {
     return kernel.run(arguments.all(), outputs, own_memory) ? Outcome::done : Outcome::needs_torch;
   } catch (const std::exception& caught) {
@@ -293,9 +300,8 @@ PyObject* ask(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef functions[] = {{"kernel", kernel, METH_VARARGS, nullptr},
-                           {"ask", ask, METH_VARARGS, nullptr},
-                           {nullptr, nullptr, 0, nullptr}};
+PyMethodDef functions[] = {
+    {"kernel", kernel, METH_VARARGS, nullptr}, {"ask", ask, METH_VARARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_calls", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 

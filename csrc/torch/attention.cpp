@@ -91,8 +91,9 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window, do
   on_cpu({&q, &k, &v});
   const int64_t dims = cu_q ? 3 : 4;
   STD_TORCH_CHECK(dtype_of(k) == dtype_of(q) && dtype_of(v) == dtype_of(q), "q, k and v must be of one dtype");
-  STD_TORCH_CHECK(q.dim() == dims && k.dim() == dims && same_shape(k, v) && (cu_q || q.size(0) == k.size(0)),
-                  "q, k and v must be [B, S, H, D] and twice [B, Sk, Hkv, D]; with cu_seqlens [T, H, D] and [Tk, Hkv, D]");
+  STD_TORCH_CHECK(
+      q.dim() == dims && k.dim() == dims && same_shape(k, v) && (cu_q || q.size(0) == k.size(0)),
+      "q, k and v must be [B, S, H, D] and twice [B, Sk, Hkv, D]; with cu_seqlens [T, H, D] and [Tk, Hkv, D]");
   STD_TORCH_CHECK(q.size(-1) > 0 && k.size(-1) == q.size(-1) && k.size(-2) > 0 && q.size(-2) % k.size(-2) == 0,
                   "q, k and v must have one head dimension, and q a multiple of the heads of k");
   STD_TORCH_CHECK(std::isfinite(scale) && window >= 0 && (causal || !window),

@@ -1,11 +1,11 @@
 #include "torch/binding.h"
 
-#include "torch/outputs.h"
-
 #include <cstdlib>
 #include <map>
 #include <new>
 #include <string>
+
+#include "torch/outputs.h"
 
 namespace mk {
 namespace {
@@ -126,9 +126,8 @@ void on_cpu(std::initializer_list<const Tensor*> tensors) {
 
 void check_ends(const Tensor& ends, int64_t sequences, int64_t tokens) {
   on_cpu({&ends});
-  STD_TORCH_CHECK(
-      ends.scalar_type() == ScalarType::Int && ends.dim() == 1 && ends.numel() == sequences + 1,
-      "cu_seqlens must be int32, [", sequences + 1, "]");
+  STD_TORCH_CHECK(ends.scalar_type() == ScalarType::Int && ends.dim() == 1 && ends.numel() == sequences + 1,
+                  "cu_seqlens must be int32, [", sequences + 1, "]");
   const int32_t* at = static_cast<const int32_t*>(ends.const_data_ptr());
   const int64_t step = ends.stride(0);
   bool rises = at[0] == 0 && at[sequences * step] == tokens;

@@ -5,9 +5,7 @@
 namespace mk {
 namespace {
 
-Tensor rows_of_unit_stride(const Tensor& t) {
-  return t.stride(1) == 1 || t.size(1) == 1 ? t : contiguous(t);
-}
+Tensor rows_of_unit_stride(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1 ? t : contiguous(t); }
 
 Tensor linear_cuda(const Tensor& x_in, const Tensor& weight_in, Maybe bias_in) {
   STD_TORCH_CHECK(x_in.dim() >= 1 && weight_in.dim() == 2 && x_in.size(-1) == weight_in.size(1),

@@ -84,7 +84,12 @@ struct Take<bool> {
 
 template <class... T>
 void give(const std::tuple<T...>& made, Output* outputs) {
-  std::apply([outputs](const T&... t) { int i = 0; (hand_over(t, outputs[i++]), ...); }, made);
+  std::apply(
+      [outputs](const T&... t) {
+        int i = 0;
+        (hand_over(t, outputs[i++]), ...);
+      },
+      made);
 }
 inline void give(const Tensor& made, Output* outputs) { hand_over(made, outputs[0]); }
 

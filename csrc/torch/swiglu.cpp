@@ -51,8 +51,8 @@ Tensor swiglu_packed(const Tensor& packed) {
   const Dtype dtype = dtype_of(both);
   const int64_t dims = both.dim();
   on_cpu({&both});
-  STD_TORCH_CHECK(dims >= 1 && dims <= max_dims && both.size(dims - 1) % 2 == 0, "gate_up must be [..., 2F], of at most ",
-                  max_dims, " dimensions");
+  STD_TORCH_CHECK(dims >= 1 && dims <= max_dims && both.size(dims - 1) % 2 == 0,
+                  "gate_up must be [..., 2F], of at most ", max_dims, " dimensions");
   const int64_t n = both.size(dims - 1) / 2;
   int64_t sizes[max_dims];
   for (int64_t d = 0; d < dims; d++) sizes[d] = d + 1 < dims ? both.size(d) : n;

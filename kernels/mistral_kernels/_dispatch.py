@@ -170,7 +170,7 @@ class Op:
         self._transformed: dict[Any, Any] = {}
         self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
-        self._at_once, self._run_directly = _direct.calls(self._auto, hidden) if self.compiled else 2 * (_direct.never,)
+        self._at_once, self._run_directly = _direct.calls(self._auto, hidden)
         if not self.compiled:
             _library.library.impl(self.name, self._torch, "CPU")
         if not _library.has_kernel(self.name, "CUDA"):

@@ -24,11 +24,11 @@ from ..attention import (
     check_heads,
     check_longest,
     check_scale,
-    scale_of,
     check_window,
     cuda_supports,
     hopper_first,
     longest_of,
+    scale_of,
 )
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
