@@ -45,6 +45,7 @@ def _module() -> Any:
         exchange = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
         from_pointers = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs  # type: ignore[attr-defined]
         kinds = (torch.Tensor, torch.nn.Parameter)
+        _address()
         module.ask(exchange, *kinds, from_pointers, torch.is_grad_enabled, LISTENERS, profiler, forward_ad)
     except (ImportError, AttributeError) as error:
         warnings.warn(f"short calls of mistral_kernels are slower: {error}", RuntimeWarning, stacklevel=2)
