@@ -95,6 +95,8 @@ def check_window(window: int | None) -> int:
     """The window as the ops take it: 0 for none."""
     if window is None:
         return 0
+    if type(window) is int and 0 < window <= MOST_KEYS:
+        return window
     width = _checks.integer(window)
     if width is None or width < 1:
         raise ValueError(f"window is {window!r}; it must be None or an int of at least 1 (keys seen, itself included)")
@@ -107,8 +109,12 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 def scale_of(scale: float | None, q: torch.Tensor) -> float | None:
     """The scale for queries like q, of which nobody knows yet whether they are such; None where they have none."""
-    shape = getattr(q, "shape", ())
-    return shape[-1] ** -0.5 if scale is None and shape and shape[-1] else scale
+    if scale is not None:
+        return scale
+    try:
+        return float(q.shape[-1] ** -0.5)
+    except (AttributeError, IndexError, TypeError, ZeroDivisionError):
+        return None
 
 
 def longest_of(cu: torch.Tensor) -> int:
