@@ -139,7 +139,7 @@ def run(folder: Path, tests: list[str]) -> tuple[int, str]:
 def plant(folder: Path, mutant: Mutant) -> None:
     if mutant.kind == CPP:
         # A header's bug goes into the source that it is named after, alone.
-        name = Path(mutant.file).stem.removesuffix("_math").removesuffix("_tile")
+        name = Path(mutant.file).stem.removesuffix("_math").removesuffix("_tile").removesuffix("_join")
         plainest(folder, mutant, f"cpu_{name}_base.o")
     else:
         changed_library.plant(folder / PACKAGE, mutant.file, mutant.old, mutant.new)

@@ -3,8 +3,8 @@
 // piece is read in two passes, so that each row has one softmax a piece. int8 codes become numbers in registers; their
 // scales multiply the scores, and the probabilities on their way to the values.
 #include "cpu/attention.h"
+#include "cpu/attention_decode_join.h"
 #include "cpu/attention_decode_matrix.h"
-#include "cpu/attention_join.h"
 #include "cpu/attention_pack.h"
 #include "cpu/codes.h"
 
