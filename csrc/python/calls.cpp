@@ -172,6 +172,7 @@ PyObject* tensor_of_torch(mk::Output& output) {
   PyObject* handles = Py_BuildValue("[N]", PyCapsule_New(output.torch, nullptr, nullptr));
   if (!handles) return nullptr;
   PyObject* tensors = PyObject_CallFunctionObjArgs(python.from_pointers, handles, nullptr);
+  output = {};
   Py_DECREF(handles);
   if (!tensors) return nullptr;
   PyObject* tensor = PySequence_GetItem(tensors, 0);

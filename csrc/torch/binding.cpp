@@ -45,7 +45,8 @@ void hand_over(const Tensor& made, Output& to) {
   }
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(made.get(), &handle));
-  to.torch = handle;
+  to.torch = to.owner = handle;
+  to.release = [](void* owner) { aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(owner)); };
 }
 
 Dtype dtype_of(const Tensor& t) {

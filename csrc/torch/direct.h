@@ -18,12 +18,12 @@ struct Argument {
   int64_t integer;  // of an int or a bool
 };
 
-// An output: memory of its own with what gives it back, or a tensor of torch's.
+// An output with what gives it back: memory of its own, or a tensor of torch's.
 struct Output {
   Array array;
   void* owner;
   void (*release)(void* owner);
-  void* torch;  // an AtenTensorHandle, null for memory
+  void* torch;  // an AtenTensorHandle, which is then the owner too; null for memory
 };
 
 // Returns false, before any work, where the kernel would need torch's functions; throws where it refuses the arguments.

@@ -27,12 +27,6 @@ struct Call {
   int64_t rows, x_row;
 };
 
-// Contiguous; asked of torch only where it is not.
-Tensor packed(const Tensor& t) {
-  const bool is = t.stride(1) == 1 || t.size(1) == 1;
-  return is && (t.stride(0) == t.size(1) || t.size(0) == 1) ? t : contiguous(t);
-}
-
 // ---- float64: for gradcheck, without any speed ----
 
 double scale_at(const Tensor& t, int64_t i) {
@@ -162,8 +156,8 @@ void multiply_int8(const Call& c, void* out) {
 Tensor run(Scheme scheme, const Tensor& x_in, const Tensor& codes_in, const Tensor& scale_in, const Maybe& offset_in,
            const Maybe& bias, int64_t group) {
   check_quantised(scheme, x_in, codes_in, scale_in, offset_in, bias, group);
-  const Tensor codes = unit_stride(codes_in), scale = packed(scale_in);
-  const Maybe offset = offset_in ? Maybe(packed(*offset_in)) : std::nullopt;
+  const Tensor codes = unit_stride(codes_in), scale = contiguous(scale_in);
+  const Maybe offset = offset_in ? Maybe(contiguous(*offset_in)) : std::nullopt;
   const int64_t k = x_in.size(-1), n = codes.size(0), dims = x_in.dim();
   const Dtype dtype = dtype_of(x_in);
   Tensor x = unit_stride(x_in);
