@@ -27,17 +27,18 @@ OPS = [
     for member in vars(module).values()
     if isinstance(member, _dispatch.Op)
 ]
+WAYS = ("at_once", "first_at_once", "_run_directly")
 X, W, COS_SIN = made(3, 8), made(8, seed=1), mk.rope_table(8, 1e4, 32)
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Counts the direct calls of rms_norm and swiglu that went through."""
+    """Counts the direct calls of some ops that went through."""
     counts = []
     for op in OPS:
-        if op.name not in ("rms_norm", "swiglu"):
+        if op.name not in ("rms_norm", "swiglu", "attention", "attention_cached", "linear"):
             continue
-        for name in ("_at_once", "_run_directly"):
+        for name in WAYS:
             run = getattr(op, name)
 
             def counted(*args, run=run, name=name):
@@ -76,9 +77,12 @@ def calls(dtype):
     yield "rope at positions", lambda: mk.rope(q, k, cos, sin, at)
     yield "linear", lambda: mk.linear(x, made(4, 8, dtype=dtype))
     yield "linear with bias", lambda: mk.linear(x, made(4, 8, dtype=dtype), made(4, dtype=dtype))
-    yield "attention", lambda: mk.attention(q, k, v, 3, return_lse=True)
+    yield "attention", lambda: mk.attention(q, k, v, 3)
+    yield "attention with lse", lambda: mk.attention(q, k, v, 3, return_lse=True)
+    yield "attention of another scale", lambda: mk.attention(q, k, v, 3, scale=0.3)
     yield "packed attention", lambda: mk.attention(q[0], k[0], v[0], 3, cu_seqlens_q=ends)
     yield "attention_cached", lambda: mk.attention_cached(q[:, :1], *ring, lens, 3)
+    yield "packed attention_cached", lambda: mk.attention_cached(q[0], *ring, lens, 2, cu_seqlens=ends[[0, 2]])
     for name, write in (
         ("write_kv", lambda own: mk.write_kv(k, v, *own, at)),
         ("rope_write_kv", lambda own: mk.rope_write_kv(q, k, v, *own, at, cos, sin)),
@@ -99,8 +103,8 @@ def together(result):
 def test_the_same_bits_as_through_the_dispatcher(dtype, monkeypatch):
     directly = {name: together(run()) for name, run in calls(dtype)}
     for op in OPS:
-        monkeypatch.setattr(op, "_at_once", _direct.never)
-        monkeypatch.setattr(op, "_run_directly", _direct.never)
+        for name in WAYS:
+            monkeypatch.setattr(op, name, _direct.never)
     for name, run in calls(dtype):
         for got, expected in zip(directly[name], together(run()), strict=True):
             assert torch.equal(got, expected) and got.dtype == expected.dtype, name
@@ -111,10 +115,10 @@ def test_plain_calls_take_it(taken):
     mk.rms_norm(X, W)
     mk.swiglu(X, X)
     mk.rms_norm(X, torch.nn.Parameter(W, requires_grad=False))
-    assert taken == ["_at_once"] * 3
+    assert taken == ["at_once"] * 3
     with torch.no_grad():
         mk.rms_norm(X, torch.nn.Parameter(W))
-    assert taken == ["_at_once"] * 4
+    assert taken == ["at_once"] * 4
 
 
 def test_under_autograd_the_kernel_is_called_below_it(taken):
@@ -166,6 +170,28 @@ def test_whoever_would_see_the_call_sees_it(taken):
     assert taken == []
 
 
+def test_autocast_casts_what_it_casts(taken):
+    q, k, v, _ = attention_inputs(torch.float32)
+    weight = made(4, 8)
+    mk.attention(q, k, v), mk.linear(X, weight)
+    assert taken == ["first_at_once", "at_once"]
+    taken.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mk.attention(q, k, v).dtype == mk.linear(X, weight).dtype == torch.bfloat16
+        assert mk.rms_norm(X, W).dtype == torch.float32
+    assert "first_at_once" not in taken and taken[-1:] == ["at_once"]
+
+
+def test_a_scale_of_none_is_one_of_the_head(taken):
+    q, k, v, ring = attention_inputs(torch.float32)
+    lens = torch.tensor([5], dtype=torch.int32)
+    assert torch.equal(mk.attention(q, k, v), mk.attention(q, k, v, scale=8**-0.5))
+    assert torch.equal(
+        mk.attention_cached(q[:, :1], *ring, lens), mk.attention_cached(q[:, :1], *ring, lens, scale=8**-0.5)
+    )
+    assert taken == ["first_at_once"] * 2 + ["at_once"] * 2
+
+
 def test_compiled_code_sees_the_op():
     compiled = torch.compile(lambda x: mk.rms_norm(x, W) + 1, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(X), mk.rms_norm(X, W) + 1)
@@ -206,6 +232,16 @@ def test_errors_are_those_of_the_long_way():
         mk.attention(*attention_inputs(torch.float32)[:3], window=2, causal=False)
     with pytest.raises(ValueError, match="scale"):
         mk.attention(*attention_inputs(torch.float32)[:3], scale=float("nan"))
+    q, _, _, ring = attention_inputs(torch.float32)
+    with pytest.raises(ValueError, match="max_seqlen is -1"):
+        mk.attention_cached(
+            q[0],
+            *ring,
+            torch.tensor([5], dtype=torch.int32),
+            2,
+            cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+            max_seqlen=-1,
+        )
 
 
 def test_memory_lives_as_long_as_its_tensor():

@@ -363,11 +363,17 @@ void number_scores(const Decode<T>& t, const Segment& s) {
 // In the order of their places: behind a segment's last score each kernel leaves some that nobody asked for.
 template <class T>
 void all_scores(const Decode<T>& t) {
+  const auto each = [&t] {
+    for (const Segment& s : t.segments) s.span->k_scale ? segment_scores<T, int8_t>(t, s) : number_scores(t, s);
+  };
 #if MK_AMX
-  const Matrices matrices;
-  if constexpr (by_matrices<typename Decode<T>::M>) tile_queries(t);
+  if constexpr (by_matrices<typename Decode<T>::M>) {
+    const Matrices matrices;
+    tile_queries(t);
+    return each();
+  }
 #endif
-  for (const Segment& s : t.segments) s.span->k_scale ? segment_scores<T, int8_t>(t, s) : number_scores(t, s);
+  each();
 }
 
 template <class T>

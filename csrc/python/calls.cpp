@@ -6,6 +6,7 @@
 #include <ATen/dlpack.h>
 #include <Python.h>
 
+#include <cmath>
 #include <exception>
 #include <iterator>
 #include <string>
@@ -23,16 +24,19 @@ struct Python {
   const DLPackExchangeAPI* exchange;
   PyObject *tensor, *parameter;  // types; a tensor of another one may mean more than its numbers
   PyObject* from_pointers;       // a list of tensors from a list of capsules with their handles
-  PyObject* grad_is_enabled;
-  PyObject* listeners[4];  // functions: where one answers with something true, a call would be seen
-  PyObject *profiler, *forward_ad;
-  PyObject *is_neg, *requires_grad, *is_profiling, *level;  // names
+  PyObject *grad_is_enabled, *autocast_is_on;
+  PyObject* requires_grad;  // the descriptor, and how it is read, without a search by name each time
+  descrgetfunc get;
+  PyObject* listeners[4];                   // functions: where one answers with something true, a call would be seen
+  PyObject *profiler, *forward_ad;          // what these modules hold, by name
+  PyObject *is_neg, *is_profiling, *level;  // names
 } python;
 
 struct Kernel {
   mk::Direct run;
-  std::string arguments;  // a letter each: T tensor, O tensor or None, f, i, b
+  std::string arguments;  // a letter each: T tensor, O tensor or None, f, d for a float or None, i, b
   int outputs, shown;     // the first outputs are shown above autograd, the rest is there for the backward
+  bool casts;             // above autograd, autocast would see to the arguments
 };
 
 // torch's numbers for dtypes that kernels read, beside DLPack's codes.
@@ -57,12 +61,8 @@ bool is_true(PyObject* answer) {
 bool something_listens() {
   for (PyObject* listener : python.listeners)
     if (is_true(PyObject_CallNoArgs(listener))) return true;
-  if (is_true(PyObject_GetAttr(python.profiler, python.is_profiling))) return true;
-  PyObject* level = PyObject_GetAttr(python.forward_ad, python.level);
-  if (!level) return PyErr_Clear(), true;
-  const bool active = PyLong_AsLong(level) >= 0;
-  Py_DECREF(level);
-  return active;
+  PyObject* level = PyDict_GetItem(python.forward_ad, python.level);
+  return PyDict_GetItem(python.profiler, python.is_profiling) != Py_False || !level || PyLong_AsLong(level) >= 0;
 }
 
 // The arguments on their way to a kernel.
@@ -82,9 +82,14 @@ class Arguments {
         if (!add_tensor(value)) return false;
         a.array = &arrays_[size_];
         break;
+      case 'd':
+        a.number = NAN;
+        if (value == Py_None) break;
+        [[fallthrough]];
       case 'f':
         if (!PyFloat_CheckExact(value)) return false;
         a.number = PyFloat_AsDouble(value);
+        if (kind == 'd' && std::isnan(a.number)) return false;
         break;
       case 'b':
         if (!PyBool_Check(value)) return false;
@@ -106,7 +111,7 @@ class Arguments {
   bool add_tensor(PyObject* value) {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
     if (type != python.tensor && type != python.parameter) return false;
-    if (grad_ && is_true(PyObject_GetAttr(value, python.requires_grad))) return false;
+    if (grad_ && is_true(python.get(python.requires_grad, value, type))) return false;
     DLTensor t;
     if (python.exchange->dltensor_from_py_object_no_sync(value, &t)) return PyErr_Clear(), false;
     if (t.device.device_type != kDLCPU || t.byte_offset) return false;
@@ -134,10 +139,15 @@ class Arguments {
   mk::Array arrays_[most_arguments];
 };
 
-void release(DLManagedTensorVersioned* managed) {
-  auto* output = static_cast<mk::Output*>(managed->manager_ctx);
-  output->release(output->owner);
-  delete output;
+// An output's memory on its way to torch.
+struct Managed {
+  DLManagedTensorVersioned torchs;
+  mk::Output ours;
+};
+
+void release(DLManagedTensorVersioned* torchs) {
+  auto* managed = static_cast<Managed*>(torchs->manager_ctx);
+  managed->ours.release(managed->ours.owner);
   delete managed;
 }
 
@@ -147,24 +157,19 @@ void discard(mk::Output& output) {
 }
 
 PyObject* tensor_of_memory(mk::Output& output) {
-  auto* managed = new DLManagedTensorVersioned{};
-  managed->version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
-  managed->manager_ctx = new mk::Output(output);
-  managed->deleter = release;
+  auto* managed = new Managed{{}, output};
+  DLManagedTensorVersioned& t = managed->torchs;
+  t.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
+  t.manager_ctx = managed;
+  t.deleter = release;
   const mk::Array& a = output.array;
-  managed->dl_tensor = {a.data,
-                        {kDLCPU, 0},
-                        static_cast<int32_t>(a.dims),
-                        {},
-                        const_cast<int64_t*>(a.sizes),
-                        const_cast<int64_t*>(a.strides),
-                        0};
+  int64_t *sizes = const_cast<int64_t*>(a.sizes), *strides = const_cast<int64_t*>(a.strides);
+  t.dl_tensor = {a.data, {kDLCPU, 0}, static_cast<int32_t>(a.dims), {}, sizes, strides, 0};
   for (const Type& known : types)
-    if (known.torch == a.type) managed->dl_tensor.dtype = known.dlpack;
+    if (known.torch == a.type) t.dl_tensor.dtype = known.dlpack;
   output = {};
   void* tensor;
-  return python.exchange->managed_tensor_to_py_object_no_sync(managed, &tensor) ? nullptr
-                                                                                : static_cast<PyObject*>(tensor);
+  return python.exchange->managed_tensor_to_py_object_no_sync(&t, &tensor) ? nullptr : static_cast<PyObject*>(tensor);
 }
 
 // The function that takes several handles takes them over; the one for a single handle does not.
@@ -216,6 +221,7 @@ PyObject* call(PyObject* capsule, PyObject* const* values, Py_ssize_t count, boo
     return nullptr;
   }
   if (something_listens()) Py_RETURN_NONE;
+  if (above_autograd && kernel.casts && is_true(PyObject_CallNoArgs(python.autocast_is_on))) Py_RETURN_NONE;
   Arguments arguments(above_autograd && is_true(PyObject_CallNoArgs(python.grad_is_enabled)));
   for (Py_ssize_t i = 0; i < count; i++)
     if (!arguments.add(kernel.arguments[i], values[i])) Py_RETURN_NONE;
@@ -255,19 +261,19 @@ PyCFunction as_function(F* f) {
 PyMethodDef of_kernel[] = {{"at_once", as_function(at_once), METH_FASTCALL, nullptr},
                            {"below_autograd", as_function(below_autograd), METH_FASTCALL, nullptr}};
 
-// kernel(address, arguments, outputs, shown) -> (at_once, below_autograd); kernels live as long as the process.
+// kernel(address, arguments, outputs, shown, casts) -> (at_once, below_autograd); kernels live as long as the process.
 PyObject* kernel(PyObject*, PyObject* arguments) {
   unsigned long long address;
   const char* letters;
-  int outputs, shown;
-  if (!PyArg_ParseTuple(arguments, "Ksii", &address, &letters, &outputs, &shown)) return nullptr;
+  int outputs, shown, casts;
+  if (!PyArg_ParseTuple(arguments, "Ksiip", &address, &letters, &outputs, &shown, &casts)) return nullptr;
   const std::string kinds = letters;
   if (kinds.size() > most_arguments || outputs > most_outputs || shown > outputs) {
     PyErr_Format(PyExc_ValueError, "a kernel of %zd arguments and %d outputs, %d shown; at most %d and %d are possible",
                  kinds.size(), outputs, shown, most_arguments, most_outputs);
     return nullptr;
   }
-  auto* made = new Kernel{reinterpret_cast<mk::Direct>(address), kinds, outputs, shown};
+  auto* made = new Kernel{reinterpret_cast<mk::Direct>(address), kinds, outputs, shown, casts != 0};
   PyObject* capsule = PyCapsule_New(made, nullptr, nullptr);
   if (!capsule) return nullptr;
   PyObject* both = Py_BuildValue("(NN)", PyCFunction_NewEx(&of_kernel[0], capsule, nullptr),
@@ -276,15 +282,22 @@ PyObject* kernel(PyObject*, PyObject* arguments) {
   return both;
 }
 
-// ask(exchange, Tensor, Parameter, from_pointers, grad_is_enabled, listeners, profiler, forward_ad); see Python.
+// ask(exchange, Tensor, Parameter, from_pointers, grad_is_enabled, requires_grad, autocast_is_on, listeners, profiler,
+// forward_ad); see Python.
 PyObject* ask(PyObject*, PyObject* arguments) {
   PyObject *exchange, *listeners;
   Python& p = python;
-  if (!PyArg_ParseTuple(arguments, "OOOOOO!OO", &exchange, &p.tensor, &p.parameter, &p.from_pointers,
-                        &p.grad_is_enabled, &PyTuple_Type, &listeners, &p.profiler, &p.forward_ad))
+  if (!PyArg_ParseTuple(arguments, "OOOOOOOO!O!O!", &exchange, &p.tensor, &p.parameter, &p.from_pointers,
+                        &p.grad_is_enabled, &p.requires_grad, &p.autocast_is_on, &PyTuple_Type, &listeners,
+                        &PyDict_Type, &p.profiler, &PyDict_Type, &p.forward_ad))
     return nullptr;
+  p.get = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(p.requires_grad), Py_tp_descr_get));
   p.exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"));
   if (!p.exchange) return nullptr;
+  if (!p.get) {
+    PyErr_SetString(PyExc_ImportError, "requires_grad is no descriptor");
+    return nullptr;
+  }
   constexpr Py_ssize_t count = std::size(Python{}.listeners);
   if (p.exchange->header.version.major != DLPACK_MAJOR_VERSION || PyTuple_Size(listeners) != count) {
     PyErr_Format(PyExc_ImportError, "torch speaks DLPack %u, this module %d, and has %zd listeners, not %zd",
@@ -293,10 +306,9 @@ PyObject* ask(PyObject*, PyObject* arguments) {
   }
   for (Py_ssize_t i = 0; i < count; i++) p.listeners[i] = PyTuple_GetItem(listeners, i);
   p.is_neg = PyUnicode_InternFromString("is_neg");
-  p.requires_grad = PyUnicode_InternFromString("requires_grad");
   p.is_profiling = PyUnicode_InternFromString("_is_profiler_enabled");
   p.level = PyUnicode_InternFromString("_current_level");
-  if (!p.is_neg || !p.requires_grad || !p.is_profiling || !p.level) return nullptr;
+  if (!p.is_neg || !p.is_profiling || !p.level) return nullptr;
   Py_INCREF(arguments);  // and with it all of the above
   Py_RETURN_NONE;
 }

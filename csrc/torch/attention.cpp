@@ -1,6 +1,7 @@
 // mistral_kernels::attention and attention_cached on a CPU.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include "cpu/kv_codes.h"
 #include "torch/attention_run.h"
@@ -85,6 +86,13 @@ void dequantise(const Attention& a, AttentionSequence& s, std::vector<Tensor>& n
   }
 }
 
+constexpr int64_t not_looked_up = INT64_MIN;  // what Python gives for the longest chunk where nobody knows it
+
+// NaN stands for the usual one.
+double scale_of(double scale, const Tensor& q) {
+  return std::isnan(scale) ? std::pow(static_cast<double>(q.size(-1)), -0.5) : scale;
+}
+
 // As Python's checks say in more words.
 void check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window, double scale, bool causal,
            const Maybe& cu_q, const Maybe& cu_k) {
@@ -106,7 +114,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window, do
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, int64_t window,
-                                     double scale, bool causal, Maybe cu_q, Maybe cu_k, int64_t, int64_t) {
+                                     double given_scale, bool causal, Maybe cu_q, Maybe cu_k, int64_t, int64_t) {
+  const double scale = scale_of(given_scale, q_in);
   check(q_in, k_in, v_in, window, scale, causal, cu_q, cu_k);
   const Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
   Tensor out = empty(q.sizes(), dtype_of(q)), lse = lse_like(q);
@@ -138,7 +147,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in, con
 }
 
 // The caches and the queries fit each other, and the ring holds all keys that these see, as Python's checks say in more
-// words. `longest`: of the packed chunks, negative where nobody has looked.
+// words. `longest`: of the packed chunks.
 void check_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lens, int64_t window,
                   double scale, bool alone, const Maybe& cu, int64_t longest) {
   on_cpu({&q, &k_cache, &v_cache, &lens});
@@ -158,8 +167,9 @@ void check_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
     const std::vector<int64_t> starts = token_starts(cu, batch, q.size(0));
     chunk = 0;
     for (int64_t b = 0; b < batch; b++) chunk = std::max(chunk, starts[b + 1] - starts[b]);
-    STD_TORCH_CHECK(longest < 0 || longest >= chunk, "max_seqlen is ", longest, ", but a sequence has ", chunk);
-    if (longest >= 0) chunk = std::min(longest, q.size(0));
+    const bool known = longest != not_looked_up;
+    STD_TORCH_CHECK(!known || longest >= chunk, "max_seqlen is ", longest, ", but a sequence has ", chunk);
+    if (known) chunk = std::min(longest, q.size(0));
   }
   if (window && slots >= window + chunk - 1) return;
   const int32_t* seen = static_cast<const int32_t*>(lens.const_data_ptr());
@@ -201,7 +211,8 @@ Tensor cached(const Tensor& q_in, const Ring& ring, const Tensor& k_cache, const
 
 // Results never depend on the rest of the batch, whether that is asked for or not.
 Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lens,
-                        int64_t window, double scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t longest, bool) {
+                        int64_t window, double given_scale, Maybe k_new, Maybe v_new, Maybe cu, int64_t longest, bool) {
+  const double scale = scale_of(given_scale, q);
   const Dtype dtype = dtype_of(q);
   check_cached(q, k_cache, v_cache, lens, window, scale, !k_new, cu, longest);
   STD_TORCH_CHECK(dtype_of(k_cache) == dtype && dtype_of(v_cache) == dtype, "the caches must be of q's dtype");
@@ -210,8 +221,9 @@ Tensor attention_cached(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 }
 
 Tensor attention_cached_int8(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_scale,
-                             const Tensor& v_scale, const Tensor& lens, int64_t window, double scale, Maybe k_new,
+                             const Tensor& v_scale, const Tensor& lens, int64_t window, double given_scale, Maybe k_new,
                              Maybe v_new, Maybe cu, int64_t longest, bool) {
+  const double scale = scale_of(given_scale, q);
   check_cached(q, k_cache, v_cache, lens, window, scale, !k_new, cu, longest);
   check_codes(k_cache, v_cache, k_scale, v_scale, dtype_of(q));
   const Tensor k = unit_stride(k_cache), v = unit_stride(v_cache);

@@ -4,6 +4,7 @@
 #include <map>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "torch/outputs.h"
 
@@ -36,10 +37,10 @@ void add_direct(const char* op, Direct kernel) { direct_kernels()[op] = kernel; 
 void hand_over(const Tensor& made, Output& to) {
   to = {};
   if (made.block()) {
-    const auto release = [](void* owner) { delete static_cast<std::shared_ptr<Block>*>(owner); };
+    const auto release = [](void* owner) { std::exchange(static_cast<Block*>(owner)->handed_over, nullptr).reset(); };
     to.array = {made.block()->data, made.dim(), made.sizes().data(), made.strides().data(),
                 static_cast<int32_t>(made.scalar_type())};
-    to.owner = new std::shared_ptr<Block>(made.block());
+    to.owner = (made.block()->handed_over = made.block()).get();
     to.release = release;
     return;
   }
@@ -79,17 +80,36 @@ AtenTensorHandle pooled(int64_t bytes, int64_t dims, const int64_t* sizes, const
 
 namespace {
 
+// Allocates one object with `more` bytes behind it, and says where these start.
+template <class T>
+struct WithMore {
+  using value_type = T;
+
+  WithMore(int64_t more, char** start) : more(more), start(start) {}
+  template <class U>
+  WithMore(const WithMore<U>& other) : more(other.more), start(other.start) {}
+
+  T* allocate(size_t) {
+    void* memory = std::malloc(sizeof(T) + static_cast<size_t>(more));
+    if (!memory) throw std::bad_alloc();
+    *start = static_cast<char*>(memory) + sizeof(T);
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, size_t) { std::free(memory); }
+
+  int64_t more;
+  char** start;
+};
+
 Tensor empty_block(IntHeaderOnlyArrayRef sizes, const int64_t* strides, Dtype dtype, int64_t bytes) {
   constexpr int64_t alignment = 64;
-  void* memory = std::malloc(sizeof(Block) + alignment + static_cast<size_t>(bytes));
-  if (!memory) throw std::bad_alloc();
-  Block* block = new (memory) Block;
-  const std::shared_ptr<Block> owned(block, [](Block* b) { std::free(b); });
-  block->data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block + 1) + alignment - 1) & -alignment);
+  char* start;
+  const auto block = std::allocate_shared<Block>(WithMore<Block>(alignment + bytes, &start));
+  block->data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(start) + alignment - 1) & -alignment);
   block->dims = static_cast<int64_t>(sizes.size());
   block->type = scalar_types[static_cast<int>(dtype)];
   for (int64_t d = 0; d < block->dims; d++) block->sizes[d] = sizes[d], block->strides[d] = strides[d];
-  return Tensor(owned);
+  return Tensor(block);
 }
 
 }  // namespace

@@ -14,8 +14,8 @@ struct Array {
 
 struct Argument {
   const Array* array;  // of a tensor; null where it is None
-  double number;
-  int64_t integer;  // of an int or a bool
+  double number;       // NaN of a float that may be None and is
+  int64_t integer;     // of an int or a bool
 };
 
 // An output with what gives it back: memory of its own, or a tensor of torch's.

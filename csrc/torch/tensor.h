@@ -19,6 +19,7 @@ struct Block {
   void* data;
   int64_t dims, sizes[max_dims], strides[max_dims];
   ScalarType type;
+  std::shared_ptr<Block> handed_over;  // to whom it was handed over, it is itself
 };
 
 // Thrown where an array would have to be a tensor of torch's.

@@ -20,6 +20,7 @@ from . import _library
 
 PATH = Path(__file__).with_name("_calls.abi3.so")
 LETTERS = {"Tensor": "T", "Optional[Tensor]": "O", "float": "f", "int": "i", "bool": "b"}
+DEFAULTED = {"scale": "d"}  # floats for which kernels take None, too
 LISTENERS = (
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
@@ -46,7 +47,11 @@ def _module() -> Any:
         from_pointers = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs  # type: ignore[attr-defined]
         kinds = (torch.Tensor, torch.nn.Parameter)
         _address()
-        module.ask(exchange, *kinds, from_pointers, torch.is_grad_enabled, LISTENERS, profiler, forward_ad)
+        differentiated = (torch.is_grad_enabled, torch._C.TensorBase.requires_grad)
+        flags = (vars(profiler), vars(forward_ad))
+        module.ask(
+            exchange, *kinds, from_pointers, *differentiated, torch._C._is_any_autocast_enabled, LISTENERS, *flags
+        )
     except (ImportError, AttributeError) as error:
         warnings.warn(f"short calls of mistral_kernels are slower: {error}", RuntimeWarning, stacklevel=2)
         return None
@@ -60,24 +65,24 @@ def _address() -> Any:
     return find
 
 
-def calls(op: Any, hidden: int) -> tuple[Call, Call]:
+def calls(op: Any, shown: int, casts: bool) -> tuple[Call, Call]:
     """Two functions of the arguments of a registered op, which return None where it has to go through the dispatcher.
 
     Args:
         op: the overload, as in `torch.ops.mistral_kernels.rms_norm.default`.
-        hidden: so many of its last outputs are for the backward alone.
+        shown: so many of its first outputs are wanted above autograd.
+        casts: whether autocast would see to its arguments.
 
     Returns:
-        `at_once`, for calls that autograd would look at: also None where a tensor requires a gradient and where the
-        kernel refuses its arguments; the hidden outputs are left out. And `below_autograd`, for calls that it has
-        looked at: all outputs, and RuntimeError where the kernel refuses.
+        `at_once`, for calls that autocast and autograd would look at: also None where autocast is on, where a tensor
+        requires a gradient and where the kernel refuses its arguments; with the outputs shown. And
+        `below_autograd`, for calls that they have looked at: all outputs, and RuntimeError where the kernel refuses.
     """
-    letters = [LETTERS.get(str(argument.type), "") for argument in op._schema.arguments]
+    letters = [DEFAULTED.get(a.name) or LETTERS.get(str(a.type), "") for a in op._schema.arguments]
     if _module() is None or not all(letters):
         return never, never
     address = _address()(op._schema.name.partition("::")[2].encode())
     if address is None:
         return never, never
-    outputs = len(op._schema.returns)
-    pair: tuple[Call, Call] = _module().kernel(address, "".join(letters), outputs, outputs - hidden)
+    pair: tuple[Call, Call] = _module().kernel(address, "".join(letters), len(op._schema.returns), shown, casts)
     return pair

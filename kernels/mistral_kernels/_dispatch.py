@@ -135,8 +135,15 @@ class Op:
         flash, flash_supports: functions of `attention.flash`: the op by flash-attn, called as it is, so that autograd
             sees flash-attn's own operators; and why that cannot do these arguments, or None.
         hidden: so many of the last outputs are for the backward alone.
+        casts: whether the public function casts its arguments under autocast.
         setup_context, backward: as `torch.library.register_autograd` takes them; ctx.impl is "triton" or "cuda" where
             that was asked for, else None. An op without a backward raises when it is differentiated.
+
+    Attributes:
+        at_once: what the C++ kernel makes of arguments that nobody has checked, without the outputs for the backward.
+            None where it refuses them, to be checked with better words, and where somebody would see or differentiate
+            the call. Not for code that is being compiled.
+        first_at_once: the same, the first output alone.
     """
 
     def __init__(
@@ -154,6 +161,7 @@ class Op:
         flash: str | None = None,
         flash_supports: str = "supports",
         hidden: int = 0,
+        casts: bool = False,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
     ):
@@ -170,7 +178,9 @@ class Op:
         self._transformed: dict[Any, Any] = {}
         self._auto = self._register(self.name, None)
         self.compiled = _library.has_kernel(self.name, "CPU")
-        self._at_once, self._run_directly = _direct.calls(self._auto, hidden)
+        outputs = len(self._auto._schema.returns)
+        self.at_once, self._run_directly = _direct.calls(self._auto, outputs - hidden, casts)
+        self.first_at_once, _ = _direct.calls(self._auto, min(outputs, 1), casts)
         if not self.compiled:
             _library.library.impl(self.name, self._torch, "CPU")
         if not _library.has_kernel(self.name, "CUDA"):
@@ -286,12 +296,6 @@ class Op:
         if impl == "flash_attn":
             return getattr(_flash(), str(self._flash))(*args)
         return self._call({"triton": self._triton, "cuda": self._cuda}.get(impl, self._auto), args)
-
-    def at_once(self, *args: Any) -> Any:
-        """What the C++ kernel makes of arguments that nobody has checked, without the outputs for the backward. None
-        where it refuses them, to be checked with better words, and where somebody would see or differentiate the
-        call."""
-        return None if torch.compiler.is_dynamo_compiling() else self._at_once(*args)
 
     def _call(self, op: Any, args: tuple) -> Any:
         """Calls `op` past its registered autograd, which is Python: alone where nothing is differentiated, else as the

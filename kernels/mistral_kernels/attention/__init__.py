@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks
 from .._dispatch import Op
@@ -86,6 +87,7 @@ _attention = Op(
     cuda_first=lambda q, *rest: hopper_first(q, rest[-2]),
     cuda_supports=cuda_supports,
     flash="attention",
+    casts=True,
     setup_context=_save,
     backward=_gradients,
 )
@@ -105,16 +107,6 @@ def check_window(window: int | None) -> int:
 
 def check_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else _checks.number("scale", scale, finite=True)
-
-
-def scale_of(scale: float | None, q: torch.Tensor) -> float | None:
-    """The scale for queries like q, of which nobody knows yet whether they are such; None where they have none."""
-    if scale is not None:
-        return scale
-    try:
-        return float(q.shape[-1] ** -0.5)
-    except (AttributeError, IndexError, TypeError, ZeroDivisionError):
-        return None
 
 
 def longest_of(cu: torch.Tensor) -> int:
@@ -233,15 +225,12 @@ def attention(
         NotImplementedError: `impl` cannot run here.
     """
     width = check_window(window)
-    if (
-        impl is None
-        and not torch.is_autocast_enabled("cpu")
-        and (cu_seqlens_q is None or max_seqlen_q is max_seqlen_k is None)
-    ):
+    if impl is None and not is_dynamo_compiling() and (cu_seqlens_q is None or max_seqlen_q is max_seqlen_k is None):
         cu = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        done = _attention.at_once(q, k, v, width, scale_of(scale, q), causal, cu_seqlens_q, cu, 0, 0)
+        run = _attention.at_once if return_lse else _attention.first_at_once
+        done = run(q, k, v, width, scale, causal, cu_seqlens_q, cu, 0, 0)
         if done is not None:
-            return done if return_lse else done[0]
+            return done  # type: ignore[no-any-return]
     _checks.floating(q=q, k=k, v=v)
     causal = _checks.flag("causal", causal)
     if width and not causal:

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks
 from .._dispatch import Op
@@ -34,6 +35,7 @@ _linear = Op(
     fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
     cuda=True,
     cuda_supports=_cuda_supports,
+    casts=True,
     setup_context=_save,
     backward=_gradients,
 )
@@ -91,7 +93,7 @@ def linear(
         NotImplementedError: `impl` cannot run here.
     """
     if impl is None:
-        if not torch.is_autocast_enabled("cpu") and (done := _linear.at_once(x, weight, bias)) is not None:
+        if not is_dynamo_compiling() and (done := _linear.at_once(x, weight, bias)) is not None:
             return done  # type: ignore[no-any-return]
         kind = x.device.type if isinstance(x, torch.Tensor) else "cpu"
         if _checks.autocast_is_on(kind):

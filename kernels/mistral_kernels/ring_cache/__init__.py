@@ -15,6 +15,7 @@ then writing first and attending over the ring alone is right, and with fewer sl
 """
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks
 from .._dispatch import Op, always
@@ -28,11 +29,12 @@ from ..attention import (
     cuda_supports,
     hopper_first,
     longest_of,
-    scale_of,
 )
 from ..rope import POSITION_DTYPES, check_tables
 from ..rope.reference import check_positions
 from . import int8, reference
+
+NOT_LOOKED_UP = -(2**63)  # for the kernel, in place of the longest chunk
 
 
 def _triton_supports(q, *_):
@@ -198,7 +200,8 @@ def write_kv(
         TypeError, ValueError: a tensor that does not fit.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    if impl is None and _write_at_once(k, v, k_cache, v_cache, k_scale, v_scale, positions, cu_seqlens):
+    short = impl is None and not is_dynamo_compiling()
+    if short and _write_at_once(k, v, k_cache, v_cache, k_scale, v_scale, positions, cu_seqlens):
         return
     _check_float_caches(k_cache, v_cache, k=k, v=v)
     codes = _check_write(k, v, k_cache, v_cache, positions, cu_seqlens, k_scale, v_scale)
@@ -241,12 +244,12 @@ def rope_write_kv(
             such a token's q and k become NaN, and NaN is written.
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
-    if impl is None:
-        rest: tuple = (positions, cos, sin, cu_seqlens, interleaved)
+    if impl is None and not is_dynamo_compiling():
         if k_scale is None and v_scale is None:
-            done = _rope_write_kv.at_once(q, k, v, k_cache, v_cache, *rest)
+            done = _rope_write_kv.at_once(q, k, v, k_cache, v_cache, positions, cos, sin, cu_seqlens, interleaved)
         else:
-            done = _rope_write_kv_int8.at_once(q, k, v, k_cache, v_cache, k_scale, v_scale, *rest)
+            caches = (k_cache, v_cache, k_scale, v_scale)
+            done = _rope_write_kv_int8.at_once(q, k, v, *caches, positions, cos, sin, cu_seqlens, interleaved)
         if done is not None:
             return done  # type: ignore[no-any-return]
     interleaved = _checks.flag("interleaved", interleaved)
@@ -299,18 +302,6 @@ def check_history(seq_lens: torch.Tensor, slots: int, window: int, chunk: int, w
         )
 
 
-def _at_once(q, k_cache, v_cache, k_scale, v_scale, seq_lens, width, scale, cu, max_seqlen, batch_invariant):
-    """`attention_cached` over the ring alone by a kernel that looks at its arguments itself, or None."""
-    if max_seqlen is None:
-        max_seqlen = -1
-    elif type(max_seqlen) is not int or max_seqlen < 0:
-        return None
-    rest = (seq_lens, width, scale_of(scale, q), None, None, cu, max_seqlen, batch_invariant)
-    if k_scale is None and v_scale is None:
-        return _attention_cached.at_once(q, k_cache, v_cache, *rest)
-    return _attention_cached_int8.at_once(q, k_cache, v_cache, k_scale, v_scale, *rest)
-
-
 def attention_cached(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -360,11 +351,19 @@ def attention_cached(
         NotImplementedError: `impl` cannot run here, or a derivative is asked for.
     """
     width = check_window(window)
-    if impl is None and k_new is None and v_new is None:
-        lengths = (cu_seqlens, max_seqlen, batch_invariant)
-        done = _at_once(q, k_cache, v_cache, k_scale, v_scale, seq_lens, width, scale, *lengths)
+    if impl is None and not is_dynamo_compiling() and k_new is v_new is None:
+        chunk = NOT_LOOKED_UP if max_seqlen is None else max_seqlen
+        if k_scale is None and v_scale is None:
+            done = _attention_cached.at_once(
+                q, k_cache, v_cache, seq_lens, width, scale, None, None, cu_seqlens, chunk, batch_invariant
+            )
+        else:
+            caches = (k_cache, v_cache, k_scale, v_scale)
+            done = _attention_cached_int8.at_once(
+                q, *caches, seq_lens, width, scale, None, None, cu_seqlens, chunk, batch_invariant
+            )
         if done is not None:
-            return done
+            return done  # type: ignore[no-any-return]
     batch_invariant = _checks.flag("batch_invariant", batch_invariant)
     _check_float_caches(k_cache, v_cache, q=q, **_checks.given(k_new=k_new, v_new=v_new))
     batch, slots = k_cache.shape[0], k_cache.shape[1]

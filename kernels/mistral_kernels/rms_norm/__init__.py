@@ -1,6 +1,7 @@
 """RMSNorm, alone and fused with the residual addition before it."""
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks
 from .._dispatch import Op, always, short
@@ -130,7 +131,7 @@ def rms_norm(
         ValueError: shapes, devices or `rounding` do not fit.
         NotImplementedError: `impl` cannot run here.
     """
-    if impl is None and rounding in ROUNDINGS:
+    if impl is None and rounding in ROUNDINGS and not is_dynamo_compiling():
         done = _rms_norm.at_once(x, weight, eps, rounding == "model")
         if done is not None:
             return done  # type: ignore[no-any-return]
@@ -166,7 +167,7 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError, NotImplementedError: as `rms_norm`; also where residual has another shape than x.
     """
-    if impl is None and rounding in ROUNDINGS:
+    if impl is None and rounding in ROUNDINGS and not is_dynamo_compiling():
         done = _add_rms_norm.at_once(x, residual, weight, eps, rounding == "model")
         if done is not None:
             return done  # type: ignore[no-any-return]

@@ -1,6 +1,7 @@
 """Rotary position embedding of queries and keys, and its tables."""
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks
 from .._dispatch import Op, short
@@ -116,7 +117,7 @@ def rope(
             looked up before the launch, which would wait for the device: such a token's q and k become NaN.
         NotImplementedError: `impl` cannot run here.
     """
-    if impl is None and getattr(cos, "ndim", 0) == 2:
+    if impl is None and not is_dynamo_compiling() and getattr(cos, "ndim", 0) == 2:
         done = _rope.at_once(q, k, cos, sin, positions, interleaved, False)
         if done is not None:
             return done  # type: ignore[no-any-return]

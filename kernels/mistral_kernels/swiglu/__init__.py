@@ -1,6 +1,7 @@
 """The gate of a SwiGLU feed-forward layer, from two tensors or from one that packs both halves."""
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks
 from .._dispatch import Op, always
@@ -75,7 +76,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str | None = None) -> 
         ValueError: the shapes or devices differ.
         NotImplementedError: `impl` cannot run here.
     """
-    if impl is None and (done := _swiglu.at_once(gate, up)) is not None:
+    if impl is None and not is_dynamo_compiling() and (done := _swiglu.at_once(gate, up)) is not None:
         return done  # type: ignore[no-any-return]
     _checks.floating(gate=gate, up=up)
     _checks.same_shape(gate=gate, up=up)
@@ -95,7 +96,7 @@ def swiglu_packed(gate_up: torch.Tensor, *, impl: str | None = None) -> torch.Te
     Raises:
         TypeError, ValueError, NotImplementedError: as `swiglu`; also where the last dimension is odd.
     """
-    if impl is None and (done := _swiglu_packed.at_once(gate_up)) is not None:
+    if impl is None and not is_dynamo_compiling() and (done := _swiglu_packed.at_once(gate_up)) is not None:
         return done  # type: ignore[no-any-return]
     _checks.floating(gate_up=gate_up)
     if gate_up.dim() < 1 or gate_up.shape[-1] % 2:
