@@ -57,6 +57,7 @@ class Bench:
         curve: (series, variable, value) of a row that is a point of a scaling curve.
         quick: whether it belongs to `--quick`.
         isa: the instruction set that the C++ kernels are held to; None for the processor's best.
+        products: (heads, queries, keys, head dimension) of attention whose two matrix products are timed alone.
     """
 
     family: str
@@ -72,6 +73,7 @@ class Bench:
     curve: tuple[str, str, int] | None = None
     quick: bool = False
     isa: str | None = None
+    products: tuple[int, int, int, int] | None = None
 
     @property
     def label(self) -> str:

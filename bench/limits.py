@@ -126,6 +126,23 @@ class Limits:
         parts = min(sets, self.parts * self.bytes // size)
         return self._bandwidth(kind, size, parts), float(size * (2 if kind == "copy" else 1))
 
+    def products(
+        self, dtype: torch.dtype, heads: int, queries: int, keys: int, dim: int
+    ) -> tuple[Callable[[], Any], float] | None:
+        """The two matrix products of attention, unmasked and without the softmax between them, and the FLOPs of one
+        call. None on a GPU, and where the dtype has no products."""
+        if self.device != "cpu" or not self._has_products(dtype):
+            return None
+        q, k = torch.randn(heads, queries, dim).to(dtype), torch.randn(heads, dim, keys).to(dtype)
+        v, out = torch.randn(heads, keys, dim).to(dtype), torch.empty(heads, queries, dim, dtype=dtype)
+        scores = torch.zeros(heads, queries, keys, dtype=dtype)
+
+        def both() -> None:
+            torch.bmm(q, k, out=scores)
+            torch.bmm(scores, v, out=out)
+
+        return both, 4.0 * heads * queries * keys * dim
+
     def call(self, kind: str, dtype: torch.dtype) -> Callable[[], Any]:
         """What to time for one limit."""
         if kind == "fma" and self._has_fma:

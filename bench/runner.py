@@ -48,7 +48,8 @@ class Row:
         seconds: of each candidate, `limit` included: median, low, high and count.
         ratios: of each peer, how many times as long it takes as ours.
         share: of the limit that ours reaches: 1 is the machine's own speed.
-        share_of_size: of what it gives to a copy or a read of no more bytes than ours moves.
+        share_of_size: of what it gives to a copy or a read of no more bytes than ours moves, or of the rate of the
+            op's own matrix products alone.
         parity: of each candidate, its worst error as a share of the budget; over 1, it is less exact than allowed.
         left_out: peers that were not timed, and why.
     """
@@ -160,7 +161,7 @@ class RowRunner:
 
     def time_all(self, limits: Limits, stopwatch: timing.Stopwatch) -> None:
         """Times all that were prepared with the limit, and fills in the row."""
-        time_row(self.row, self.calls, limits, self.settings.effort, stopwatch)
+        time_row(self.row, self.calls, limits, self.settings.effort, stopwatch, self.bench.products)
 
 
 def time_row(
@@ -169,10 +170,15 @@ def time_row(
     limits: Limits,
     effort: timing.Effort,
     stopwatch: timing.Stopwatch,
+    products: tuple[int, int, int, int] | None = None,
 ) -> None:
     """Times the calls in turn with the row's limit, and with one of its size."""
-    probes = {LIMIT: [limits.call(row.limit, getattr(torch, row.dtype))]}
-    of_size = limits.call_of_size(row.limit, row.bytes["value"], len(calls["ours"]))
+    dtype = getattr(torch, row.dtype)
+    probes = {LIMIT: [limits.call(row.limit, dtype)]}
+    if products:
+        of_size = limits.products(dtype, *products)
+    else:
+        of_size = limits.call_of_size(row.limit, row.bytes["value"], len(calls["ours"]))
     if of_size:
         probes[LIMIT_OF_SIZE] = [of_size[0]]
     samples = timing.alternate(dict(calls) | probes, effort, stopwatch)

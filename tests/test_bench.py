@@ -316,6 +316,18 @@ def test_a_limit_of_an_ops_size_moves_as_much_on_as_many_sets(kind, limits):
     assert limits.call_of_size("gemm", 8192, 3) is None and limits.call_of_size(kind, 1 << 17, 3) is None
 
 
+def test_short_attention_has_its_share_of_its_own_products(limits, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "bmm", lambda a, b, out, bmm=torch.bmm: made.append((a.shape, bmm(a, b, out=out).shape)))
+    limits.products(torch.float32, 3, 5, 7, 8)[0]()
+    assert made == [((3, 5, 8), (3, 5, 7)), ((3, 5, 7), (3, 5, 8))]
+    monkeypatch.undo()
+    assert limits.products(torch.float32, 3, 5, 7, 8)[1] == 2 * (2 * 3 * 5 * 7 * 8)
+    row = run_row(attention.bench(16, None, 2, 1, 8, "float32"), settings(), limits, "command")
+    assert row.share_of_size["median"] > 0
+    assert attention.bench(2048, None).products is None and attention.bench(16, None, backward=True).products is None
+
+
 def test_the_probe_reads_every_byte():
     from bench.limits import _aligned
 

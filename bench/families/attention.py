@@ -59,8 +59,10 @@ def bench(
     curve = None if backward or isa else (series, "S", length)
     slices = None if small or backward else few_rows
     limit = "fma" if isa else "gemm"
+    alone = (heads, length, length, dim) if small and not (backward or isa) else None
+    eager = small or backward
     return Bench(
-        "attention", case, dtype, moved, flops, limit, peers, backward, small or backward, slices, curve, quick, isa
+        "attention", case, dtype, moved, flops, limit, peers, backward, eager, slices, curve, quick, isa, alone
     )
 
 
