@@ -56,7 +56,7 @@ __attribute__((noinline)) void dots(const Row<T, W>* row, const Row<T, W>* next,
   while (i + 4 * w <= n) {
     const int64_t end = n - i < 256 * w ? n : i + 256 * w;
     for (; i + 4 * w <= end; i += 4 * w) {
-      fetch_in_first<T>(next, kRows, i);
+      fetch_in_first<T, second_cache>(next, kRows, i);
 #pragma GCC unroll 2
       for (int j = 0; j < 4; j += 2) {
         const two_of<T> by = load_two<o>(weight + i + j * w);
@@ -157,14 +157,11 @@ struct Gradients {
     store_n(dweight + i, sum, left);
   }
 
-  // Where all is large the next rows are fetched into the second cache: the first has no room for them beside the rows
-  // in work, the weight and the sums.
   template <bool kStream>
   void all_columns() const {
-    constexpr int cache = kStream ? second_cache : first_cache;
     int64_t i = 0;
     for (; i + 4 * w <= n; i += 4 * w) {
-      fetch_in_second<T, cache>(next, kRows, i, n);
+      fetch_in_second<T, second_cache>(next, kRows, i, n);
       more_columns<kStream>(i);
       if constexpr (line_of<T> == 2 * w) more_columns<kStream>(i + 2 * w);
     }
@@ -174,7 +171,8 @@ struct Gradients {
 };
 
 // While some rows are in work those after them are fetched: the processor's own prefetch ends with a row, and the
-// second pass, which finds its rows in a cache, would leave memory idle.
+// second pass, which finds its rows in a cache, would leave memory idle. They go into the second cache: the first has
+// no room for them beside the rows in work, the weight and the sums.
 template <class T, class W, bool kModel, bool kTotal, int kRows, class S>
 void add_rows(const RmsNormGradients& a, int64_t first, S* dweight) {
   const bool fetches = a.n * int64_t{sizeof(T)} <= fetched_row;

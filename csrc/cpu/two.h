@@ -60,10 +60,10 @@ MK_INLINE int64_t rows_ahead(int64_t row_bytes, int64_t some) {
 
 // The rows that are read later, fetched by two passes over those in work, four vectors at a time: a quarter by the
 // first, which has little to compute and would wait for memory, and the rest by the second.
-template <class T, class Row>
+template <class T, int cache = first_cache, class Row>
 MK_FETCHES void fetch_in_first(const Row* next, int rows, int64_t i) {
   if (i % (4 * line_of<T>) == 0)
-    for (int r = 0; r < rows; r++) next[r].template fetch_at<first_cache>(i / 4, line_of<T>);
+    for (int r = 0; r < rows; r++) next[r].template fetch_at<cache>(i / 4, line_of<T>);
 }
 template <class T, int cache = first_cache, class Row>
 MK_FETCHES void fetch_in_second(const Row* next, int rows, int64_t i, int64_t n) {
