@@ -169,6 +169,7 @@ template <class T>
 void tile(const Attention& a, const AttentionItem& item, char* scratch) {
   using M = typename ArithmeticOf<T>::type;
   Tile<M> t(a, item, scratch);
+  const NoSubnormals no_subnormals;
 #if MK_AMX
   const Matrices matrices;
 #endif

@@ -98,6 +98,24 @@ MK_INLINE vd exp2_negative(vd x) {
   return x;
 }
 
+// While it lives, results below the normal numbers are 0 on this thread. Where the processor scales by a power of two,
+// exponentials of scores far below the largest one would be such results, which take 150 cycles each.
+class NoSubnormals {
+ public:
+#if defined(__AVX512DQ__)
+  NoSubnormals() : before_(_mm_getcsr()) { set(before_ | 0x8000); }
+  ~NoSubnormals() { set(before_); }
+  NoSubnormals(const NoSubnormals&) = delete;
+
+ private:
+  // The compiler does not know that arithmetic depends on this; what is between two of these loads and stores memory.
+  static void set(uint32_t control) { asm volatile("ldmxcsr %0" ::"m"(control) : "memory"); }
+  const uint32_t before_;
+#else
+  NoSubnormals() {}
+#endif
+};
+
 #if MK_AMX
 
 // What the softmax of the matrix unit's rows knows, a row in each lane: the score that exponentials are relative to,
