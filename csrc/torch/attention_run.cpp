@@ -88,6 +88,7 @@ class Run {
       }
       plan_tiles(i, tile_group);
     }
+    if (work_.size() < 2) return;  // the sort would ask for memory first
     std::stable_sort(work_.begin(), work_.end(), [this](const Work& x, const Work& y) {
       const int64_t head_x = own_panels_ ? head_of(x) : 0, head_y = own_panels_ ? head_of(y) : 0;
       return head_x != head_y ? head_x < head_y : x.cost > y.cost;
