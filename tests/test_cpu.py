@@ -51,6 +51,17 @@ def test_parity_of_tails(tier, dtype):
         testing.assert_parity(case, dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_has_the_same_bits_in_a_batch(tier, dtype):
+    """Rows of the norm go through it in pairs, or with the next one's sum, or one by one, by their length and place."""
+    for n in (1000, 1027, 2050, 4097, 8195):
+        x, weight = testing.fill((5, n), seed=n).to(dtype), testing.fill((n,), seed=1).to(dtype)
+        x *= torch.arange(1, 6)[:, None]
+        for rounding in ("model", "fp32"):
+            alone = [mk.rms_norm(row, weight, rounding=rounding, impl="cpu") for row in x]
+            assert torch.equal(mk.rms_norm(x, weight, rounding=rounding, impl="cpu"), torch.stack(alone)), (n, rounding)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_float64_equals_eager(tier, op):
     for case in (c for c in (*CASES, *tails()) if c.op == op):
