@@ -274,10 +274,19 @@ def test_nan_in_a_query_stays_in_its_row(tier, window, queries):
 @pytest.mark.skipif("amx" not in testing.isa_tiers(), reason="this processor has no matrix unit")
 def test_other_arithmetic_keeps_its_subnormals(tier):
     """Attention goes without them: where a processor scales by powers of two, each takes 150 cycles."""
-    q, k, v = (30 * testing.fill((1, 70, 2, 16), seed=s) for s in range(3))
+    q, k, v = (30 * testing.fill((1, 70, 2, 16), seed=s).requires_grad_() for s in range(3))
     small = torch.full((1 << 18,), 1e-39)
-    mk.attention(q, k, v, impl="cpu")
-    assert (small * 0.5).count_nonzero() == small.numel()
+
+    def kept():
+        return (small * 0.5).count_nonzero() == small.numel()
+
+    out = mk.attention(q, k, v, impl="cpu")
+    assert kept()
+    torch.autograd.grad(out.sum(), (q, k, v))
+    assert kept()
+    with torch.no_grad():
+        mk.attention_cached(q[:, :1], k, v, torch.tensor([70], dtype=torch.int32), impl="cpu")
+    assert kept()
 
 
 def test_the_matrix_unit_is_left_as_it_was():

@@ -209,6 +209,7 @@ template <class T>
 int64_t run(const AttentionGradients& g, const GradientTask& task, char* scratch, int64_t packed) {
   using Scalar = typename TaskKeys<T>::Scalar;
   const TaskOf<T> t(g, task, scratch);
+  const NoSubnormals no_subnormals;
   const int64_t group = t.a.heads / t.a.kv_heads, head = task.kv_head * group;
   Scalar *dk = (Scalar*)task.sums, *dv = dk + t.sum_keys() * t.columns;
   pack_keys_of(t, packed);

@@ -397,6 +397,7 @@ void all_values(const Decode<T>& t) {
 template <class T>
 void decode(const Attention& a, const AttentionItem& item, char* scratch) {
   const Decode<T> t(a, item, scratch);
+  const NoSubnormals no_subnormals;
   start(t);
   all_scores(t);
   for (int64_t head = 0; head < item.heads; head++) {
