@@ -274,14 +274,15 @@ void matrix_segment_scores(const Decode<T>& t, const Segment& s) {
       int64_t k_row = s.span->k_row;
       const T* k = (const T*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
       k = whole_rows(t, k, keys, round_up(keys, matrix_rows), k_row);
+      const int64_t ahead = i + keys < s.count ? matrix_rows * k_row : 0;
       if (keys == matrix_keys)
-        matrix_scores<4>(t, k, k_row, keys, head, s.place + i);
+        matrix_scores<4>(t, k, k_row, ahead, keys, head, s.place + i);
       else if (keys > 2 * matrix_rows)
-        matrix_scores<3>(t, k, k_row, keys, head, s.place + i);
+        matrix_scores<3>(t, k, k_row, ahead, keys, head, s.place + i);
       else if (keys > matrix_rows)
-        matrix_scores<2>(t, k, k_row, keys, head, s.place + i);
+        matrix_scores<2>(t, k, k_row, ahead, keys, head, s.place + i);
       else
-        matrix_scores<1>(t, k, k_row, keys, head, s.place + i);
+        matrix_scores<1>(t, k, k_row, ahead, keys, head, s.place + i);
     }
   });
 }
@@ -293,7 +294,8 @@ void matrix_segment_values(const Decode<T>& t, const Segment& s) {
       int64_t v_row = s.span->v_row;
       const T* v = (const T*)s.span->v + (s.at + i) * v_row + (t.item.head + head) * s.span->v_head;
       v = whole_rows(t, v, keys, round_up(keys, matrix_rows), v_row);
-      matrix_values(t, v, v_row, keys, head, s.place + i);
+      const int64_t ahead = i + keys < s.count ? matrix_rows * v_row : 0;
+      matrix_values(t, v, v_row, ahead, keys, head, s.place + i);
     }
   });
 }

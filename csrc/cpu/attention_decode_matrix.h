@@ -33,33 +33,47 @@ void tile_queries(const D& t) {
       }
 }
 
-#define MK_ADD_KEYS(sum)                                 \
-  for (int64_t s = 0; s < steps; s++) {                  \
-    _tile_loadd(6, q + s * matrix_block, 64);            \
-    _tile_loadd(4, k + s * 2 * matrix_words, k_row * 2); \
-    _tile_dpbf16ps(sum, 4, 6);                           \
-  }                                                      \
+// Sixteen rows of keys or values, and the same columns of those `ahead` elements farther come into L1. The unit's own
+// loads hardly run ahead of its products, and while it multiplies no memory would be read. (Fetching whole blocks of 64
+// keys ahead, or in the order of memory, gained nothing.)
+#define MK_LOAD_ROWS(to, p, row, ahead) \
+  fetch_rows((p) + (ahead), row);       \
+  _tile_loadd(to, p, (row) * 2);
+
+MK_INLINE void fetch_rows(const bf16* p, int64_t row) {
+#pragma GCC unroll 16
+  for (int i = 0; i < matrix_rows; i++) __builtin_prefetch(p + i * row);
+}
+
+#define MK_ADD_KEYS(sum, ahead)                             \
+  for (int64_t s = 0; s < steps; s++) {                     \
+    _tile_loadd(6, q + s * matrix_block, 64);               \
+    MK_LOAD_ROWS(4, k + s * 2 * matrix_words, k_row, ahead) \
+    _tile_dpbf16ps(sum, 4, 6);                              \
+  }                                                         \
   k += matrix_rows * k_row;
 
 // sums [16 MT][16] = keys . queries: sums that do not wait for one another. Each key is read whole before the next
 // ones: the first-level cache does not hold the lines of 64 keys that lie far apart, and their neighbours come along
-// with them.
+// with them. After the last of these keys the next ones lie `ahead` elements farther.
 template <int MT>
-MK_INLINE void multiply_keys(const bf16* k, int64_t k_row, const uint32_t* q, int64_t steps, float* sums) {
+MK_INLINE void multiply_keys(const bf16* k, int64_t k_row, int64_t ahead, const uint32_t* q, int64_t steps,
+                             float* sums) {
+  const int64_t next = matrix_rows * k_row;
   asm volatile("" ::: "memory");  // as in multiply_matrices
   _tile_zero(0);
   if constexpr (MT > 1) _tile_zero(1);
   if constexpr (MT > 2) _tile_zero(2);
   if constexpr (MT > 3) _tile_zero(3);
-  MK_ADD_KEYS(0)
+  MK_ADD_KEYS(0, MT == 1 ? ahead : next)
   if constexpr (MT > 1) {
-    MK_ADD_KEYS(1)
+    MK_ADD_KEYS(1, MT == 2 ? ahead : next)
   }
   if constexpr (MT > 2) {
-    MK_ADD_KEYS(2)
+    MK_ADD_KEYS(2, MT == 3 ? ahead : next)
   }
   if constexpr (MT > 3) {
-    MK_ADD_KEYS(3)
+    MK_ADD_KEYS(3, MT == 4 ? ahead : next)
   }
   _tile_stored(0, sums, 64);
   if constexpr (MT > 1) _tile_stored(1, sums + matrix_block, 64);
@@ -89,15 +103,17 @@ MK_INLINE void store_scores(const D& t, const float* sums, int64_t first, int64_
   }
 }
 
-// Scores of 16 MT keys with all rows of a head; those of the first `keys` are stored, by sixteens.
+// Scores of 16 MT keys with all rows of a head; those of the first `keys` are stored, by sixteens. For `ahead` see
+// multiply_keys.
 template <int MT, class D>
-MK_INLINE void matrix_scores(const D& t, const bf16* k, int64_t k_row, int64_t keys, int64_t head, int64_t place) {
+MK_INLINE void matrix_scores(const D& t, const bf16* k, int64_t k_row, int64_t ahead, int64_t keys, int64_t head,
+                             int64_t place) {
   alignas(64) float sums[MT * matrix_block];
   const int64_t blocks = (t.rows + matrix_rows - 1) / matrix_rows;
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t row = b * matrix_rows;
     const uint32_t* q = t.q_blocks + (head * blocks + b) * t.words * matrix_rows;
-    multiply_keys<MT>(k, k_row, q, t.words / matrix_words, sums);
+    multiply_keys<MT>(k, k_row, ahead, q, t.words / matrix_words, sums);
     for (int64_t i = 0; i < keys; i += matrix_rows)
       store_scores(t, sums + i * matrix_rows, head * t.all_rows + row, least(matrix_rows, t.rows - row), place + i);
   }
@@ -133,27 +149,28 @@ MK_INLINE void spread_probabilities(const D& t, int64_t first, int64_t rows, int
 // acc += P V for 32 NT columns. Of a row of acc the first half are the even columns, the second the odd ones: as much
 // farther on as in p one kind follows the other, so that a register can hold both of eight rows.
 template <int NT>
-MK_INLINE void multiply_paired(const LeftPairs& p, const bf16* v, int64_t v_row, int64_t keys, float* acc,
-                               int64_t acc_half) {
+MK_INLINE void multiply_paired(const LeftPairs& p, const bf16* v, int64_t v_row, int64_t ahead, int64_t keys,
+                               float* acc, int64_t acc_half) {
   asm volatile("" ::: "memory");
   _tile_loadd(0, acc, acc_half * 4);
   if constexpr (NT > 1) _tile_loadd(1, acc + 16, acc_half * 4);
   if constexpr (NT > 2) _tile_loadd(2, acc + 32, acc_half * 4);
   if constexpr (NT > 3) _tile_loadd(3, acc + 48, acc_half * 4);
   for (int64_t k = 0; k < keys; k += matrix_rows, v += matrix_rows * v_row) {
+    const int64_t next = k + matrix_rows < keys ? matrix_rows * v_row : ahead;
     _tile_loadd(4, &p.words[0][0][k], sizeof p.words[0][0]);
-    _tile_loadd(6, v, v_row * 2);
+    MK_LOAD_ROWS(6, v, v_row, next)
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (NT > 1) {
-      _tile_loadd(7, v + 32, v_row * 2);
+      MK_LOAD_ROWS(7, v + 32, v_row, next)
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (NT > 2) {
-      _tile_loadd(6, v + 64, v_row * 2);
+      MK_LOAD_ROWS(6, v + 64, v_row, next)
       _tile_dpbf16ps(2, 4, 6);
     }
     if constexpr (NT > 3) {
-      _tile_loadd(7, v + 96, v_row * 2);
+      MK_LOAD_ROWS(7, v + 96, v_row, next)
       _tile_dpbf16ps(3, 4, 7);
     }
   }
@@ -166,8 +183,8 @@ MK_INLINE void multiply_paired(const LeftPairs& p, const bf16* v, int64_t v_row,
 
 // The same where each kind has registers of its own.
 template <int NT>
-MK_INLINE void multiply_values(const LeftPairs& p, const bf16* v, int64_t v_row, int64_t keys, float* acc,
-                               int64_t acc_half) {
+MK_INLINE void multiply_values(const LeftPairs& p, const bf16* v, int64_t v_row, int64_t ahead, int64_t keys,
+                               float* acc, int64_t acc_half) {
   constexpr int64_t p_row = sizeof p.words[0];
   float* odd = acc + acc_half;
   const int64_t acc_row = 2 * acc_half * 4;
@@ -177,13 +194,14 @@ MK_INLINE void multiply_values(const LeftPairs& p, const bf16* v, int64_t v_row,
   if constexpr (NT == 2) _tile_loadd(2, acc + 16, acc_row);
   if constexpr (NT == 2) _tile_loadd(3, odd + 16, acc_row);
   for (int64_t k = 0; k < keys; k += matrix_rows, v += matrix_rows * v_row) {
+    const int64_t next = k + matrix_rows < keys ? matrix_rows * v_row : ahead;
     _tile_loadd(4, &p.words[0][0][k], p_row);
     _tile_loadd(5, &p.words[0][1][k], p_row);
-    _tile_loadd(6, v, v_row * 2);
+    MK_LOAD_ROWS(6, v, v_row, next)
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
     if constexpr (NT == 2) {
-      _tile_loadd(7, v + 32, v_row * 2);
+      MK_LOAD_ROWS(7, v + 32, v_row, next)
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -195,9 +213,12 @@ MK_INLINE void multiply_values(const LeftPairs& p, const bf16* v, int64_t v_row,
   asm volatile("" ::: "memory");
 }
 
+#undef MK_LOAD_ROWS
+
 // The same for all rows of a head and all columns, which are a multiple of 32.
 template <class D>
-MK_INLINE void matrix_values(const D& t, const bf16* v, int64_t v_row, int64_t keys, int64_t head, int64_t place) {
+MK_INLINE void matrix_values(const D& t, const bf16* v, int64_t v_row, int64_t ahead, int64_t keys, int64_t head,
+                             int64_t place) {
   LeftPairs p;
   for (int64_t row = 0; row < t.rows; row += matrix_rows) {
     const int64_t first = head * t.all_rows + row, half = t.n / 2;
@@ -205,17 +226,17 @@ MK_INLINE void matrix_values(const D& t, const bf16* v, int64_t v_row, int64_t k
     float* acc = t.acc + first * t.n;
     int64_t d = 0;
     if (t.rows > paired_rows) {
-      for (; d + 64 <= t.n; d += 64) multiply_values<2>(p, v + d, v_row, keys, acc + d / 2, half);
-      if (d < t.n) multiply_values<1>(p, v + d, v_row, keys, acc + d / 2, half);
+      for (; d + 64 <= t.n; d += 64) multiply_values<2>(p, v + d, v_row, ahead, keys, acc + d / 2, half);
+      if (d < t.n) multiply_values<1>(p, v + d, v_row, ahead, keys, acc + d / 2, half);
       continue;
     }
-    for (; d + 128 <= t.n; d += 128) multiply_paired<4>(p, v + d, v_row, keys, acc + d / 2, half);
+    for (; d + 128 <= t.n; d += 128) multiply_paired<4>(p, v + d, v_row, ahead, keys, acc + d / 2, half);
     if (d + 96 <= t.n)
-      multiply_paired<3>(p, v + d, v_row, keys, acc + d / 2, half);
+      multiply_paired<3>(p, v + d, v_row, ahead, keys, acc + d / 2, half);
     else if (d + 64 <= t.n)
-      multiply_paired<2>(p, v + d, v_row, keys, acc + d / 2, half);
+      multiply_paired<2>(p, v + d, v_row, ahead, keys, acc + d / 2, half);
     else if (d < t.n)
-      multiply_paired<1>(p, v + d, v_row, keys, acc + d / 2, half);
+      multiply_paired<1>(p, v + d, v_row, ahead, keys, acc + d / 2, half);
   }
 }
 
