@@ -37,8 +37,9 @@ parity rule allows; peers that compute something else are left out.
 """
 OF_ITS_SIZE = """\
 Here each round had another order. The bandwidth comes from large calls, in which it counts for nothing that threads
-start and that first accesses miss; "of its size" is the share of a copy or read of no more bytes than the op moves.
-For attention it is the share of the rate of its own two products, by torch.bmm, unmasked and without a softmax.
+start and that first accesses miss; "of its size" is the share of a copy or read of no more bytes than the op moves,
+for a gradient in the backward of an autograd Function that does nothing else. For attention it is the share of the
+rate of its own two products, by torch.bmm, unmasked and without a softmax.
 """
 ON_GPU = """\
 

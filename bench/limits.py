@@ -53,6 +53,29 @@ def _aligned(count: int) -> torch.Tensor:
     return t[skip : skip + count]
 
 
+class _InBackward(torch.autograd.Function):
+    """Nothing but a call in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, call: Callable[[], Any]) -> torch.Tensor:
+        ctx.call = call
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.call()
+        return gradient, None
+
+
+def in_backward(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a gradient: by torch's autograd, in the backward of a Function that does nothing else."""
+    x = torch.zeros(8, requires_grad=True)
+    with torch.enable_grad():
+        output = _InBackward.apply(x, call)
+    seed = torch.ones(8)
+    return lambda: torch.autograd.grad(output, x, seed, retain_graph=True)
+
+
 class Limits:
     """Calls whose rate is a limit, and what one call moves or computes.
 

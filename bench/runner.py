@@ -13,7 +13,7 @@ from mistral_kernels import testing
 
 from . import machine, timing
 from .cases import COMPUTE, Bench, Candidate, another, eager, ours, timed_call
-from .limits import Limits
+from .limits import Limits, in_backward
 from .parity import Judge, Verdict
 
 LIMIT = "limit"
@@ -172,7 +172,7 @@ def time_row(
     stopwatch: timing.Stopwatch,
     products: tuple[int, int, int, int] | None = None,
 ) -> None:
-    """Times the calls in turn with the row's limit, and with one of its size."""
+    """Times the calls in turn with the row's limit, and with one of its size: for a gradient a gradient."""
     dtype = getattr(torch, row.dtype)
     probes = {LIMIT: [limits.call(row.limit, dtype)]}
     if products:
@@ -180,7 +180,8 @@ def time_row(
     else:
         of_size = limits.call_of_size(row.limit, row.bytes["value"], len(calls["ours"]))
     if of_size:
-        probes[LIMIT_OF_SIZE] = [of_size[0]]
+        backward = row.direction == "backward"
+        probes[LIMIT_OF_SIZE] = [in_backward(of_size[0]) if backward else of_size[0]]
     samples = timing.alternate(dict(calls) | probes, effort, stopwatch)
     if of_size:
         row.share_of_size = shares(row, samples["ours"], samples.pop(LIMIT_OF_SIZE), of_size[1])

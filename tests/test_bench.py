@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import mistral_kernels
-from bench import cases, cli, compare, families, machine, report, timing
+from bench import cases, cli, compare, families, machine, report, runner, timing
 from bench.families import attention, rms_norm, swiglu
-from bench.limits import FMA_FLOPS, FMA_ROUNDS, Limits, _probe
+from bench.limits import FMA_FLOPS, FMA_ROUNDS, Limits, _probe, in_backward
 from bench.runner import Settings, fill_row, run_row
 from mistral_kernels import testing
 from mistral_kernels._isa import _compiled
@@ -314,6 +314,22 @@ def test_a_limit_of_an_ops_size_moves_as_much_on_as_many_sets(kind, limits):
         if kind == "copy":
             assert (limits._copied != 1).sum() == (done << 10) - 1  # one of the source's own values is 1
     assert limits.call_of_size("gemm", 8192, 3) is None and limits.call_of_size(kind, 1 << 17, 3) is None
+
+
+def test_the_limit_of_a_gradients_size_is_a_gradient(limits, monkeypatch):
+    made = []
+    monkeypatch.setattr(limits, "call_of_size", lambda *args: (lambda: made.append(args), 64.0))
+    gradient = in_backward(lambda: made.append("called"))
+    assert not made
+    with torch.no_grad():
+        assert torch.equal(gradient()[0], torch.ones(8)) and torch.equal(gradient()[0], torch.ones(8))
+    assert made == ["called"] * 2
+    wrapped = []
+    monkeypatch.setattr(runner, "in_backward", lambda call: wrapped.append(call) or call)
+    for backward in (False, True):
+        bench = dataclasses.replace(swiglu._bench(8, 64, packed=False, backward=backward), quick=True)
+        assert run_row(bench, settings(), limits, "command").share_of_size["median"] > 0
+        assert len(wrapped) == backward
 
 
 def test_short_attention_has_its_share_of_its_own_products(limits, monkeypatch):
