@@ -267,12 +267,19 @@ MK_INLINE void each_keys(int64_t count, F f) {
   }
 }
 
+// All columns of the first rows of a head, before which no rows are that would fetch them.
+template <class T>
+MK_INLINE void fetch_first_rows(const Decode<T>& t, const T* p, int64_t row) {
+  for (int64_t d = 0; d < t.a.dim; d += 2 * matrix_words) fetch_rows(p + d, row);
+}
+
 template <class T>
 void matrix_segment_scores(const Decode<T>& t, const Segment& s) {
   each_keys(s.count, [&](int64_t i, int64_t keys) {
     for (int64_t head = 0; head < t.item.heads; head++) {
       int64_t k_row = s.span->k_row;
       const T* k = (const T*)s.span->k + (s.at + i) * k_row + (t.item.head + head) * s.span->k_head;
+      if (i == 0 && head + 1 < t.item.heads) fetch_first_rows(t, k + s.span->k_head, k_row);
       k = whole_rows(t, k, keys, round_up(keys, matrix_rows), k_row);
       const int64_t ahead = i + keys < s.count ? matrix_rows * k_row : 0;
       if (keys == matrix_keys)
@@ -396,6 +403,18 @@ void all_values(const Decode<T>& t) {
   }
 }
 
+// The head's first values come into the cache while its scores become probabilities.
+template <class T>
+MK_INLINE void fetch_first_values([[maybe_unused]] const Decode<T>& t, [[maybe_unused]] int64_t head) {
+#if MK_AMX
+  if constexpr (by_matrices<typename Decode<T>::M>)
+    for (const Segment& s : t.segments)
+      if (s.count >= matrix_rows && !s.span->k_scale)
+        fetch_first_rows(t, (const T*)s.span->v + s.at * s.span->v_row + (t.item.head + head) * s.span->v_head,
+                         s.span->v_row);
+#endif
+}
+
 template <class T>
 void decode(const Attention& a, const AttentionItem& item, char* scratch) {
   const Decode<T> t(a, item, scratch);
@@ -404,6 +423,7 @@ void decode(const Attention& a, const AttentionItem& item, char* scratch) {
   all_scores(t);
   for (int64_t head = 0; head < item.heads; head++) {
     if (t.codes) gather_scales(t, item.head + head);
+    fetch_first_values(t, head);
     for (int64_t row = 0; row < t.rows; row++) softmax(t, head, row);
   }
   all_values(t);
