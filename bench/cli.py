@@ -55,7 +55,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows to FILE")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="write one line for each candidate of each row")
-    sub.add_argument("--plot", type=Path, metavar="FOLDER", help="write PNG and SVG plots into FOLDER")
+    sub.add_argument(
+        "--plot", type=Path, metavar="FOLDER", help="write PNG and SVG plots into FOLDER, named as the JSON"
+    )
     sub.add_argument("--compare", type=Path, metavar="OLD.json", help="exit 1 where a row became slower since")
     sub.add_argument(
         "--tolerance", type=float, default=compare.TOLERANCE, help="how much slower --compare lets pass (default: 1.2)"
@@ -119,7 +121,8 @@ def finish(options: argparse.Namespace, run: dict[str, Any]) -> int:
     if options.plot:
         from . import plots
 
-        for path in plots.plot_rows(rows, options.plot, options.command):
+        stem = options.json.stem if options.json else options.command  # one command may be run in several ways
+        for path in plots.plot_rows(rows, options.plot, options.command, stem):
             print(f"wrote {path}")
     refused = [r for r in rows if r.refused]
     status = 1 if refused or run.get("failed") or not (rows or run.keys() & {"study", "kernels"}) else 0

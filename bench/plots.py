@@ -96,15 +96,15 @@ def curves(rows: Sequence[Row], title: str) -> Any:
     return figure
 
 
-def plot_rows(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
-    """Bars, and curves where a series has more than one point."""
+def plot_rows(rows: Sequence[Row], folder: Path, command: str, stem: str) -> list[Path]:
+    """Bars, and curves where a series has more than one point, in files that begin with `stem`."""
     paths = []
     if any(not r.refused for r in rows):
-        paths += save(bars(rows, f"python -m bench {name}"), folder, name)
+        paths += save(bars(rows, f"python -m bench {command}"), folder, stem)
     values = defaultdict(set)
     for row in rows:
         if row.curve and not row.refused:
             values[row.curve[0]].add(row.curve[2])
     if any(len(v) > 1 for v in values.values()):
-        paths += save(curves(rows, f"python -m bench {name}"), folder, f"{name}-curves")
+        paths += save(curves(rows, f"python -m bench {command}"), folder, f"{stem}-curves")
     return paths

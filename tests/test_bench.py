@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,9 +388,16 @@ def test_plots(tmp_path):
     from bench import plots
 
     rows = [dataclasses.replace(timed_row(), key=str(n), curve=("series", "S", n)) for n in (256, 512)]
-    written = plots.plot_rows(rows, tmp_path / "plots", "ops")
+    written = plots.plot_rows(rows, tmp_path / "plots", "ops", "ops")
     assert sorted(p.name for p in written) == ["ops-curves.png", "ops-curves.svg", "ops.png", "ops.svg"]
     assert sorted(written) == sorted((tmp_path / "plots").iterdir())
     first = {p: p.read_bytes() for p in written}
-    plots.plot_rows(rows, tmp_path / "plots", "ops")
+    plots.plot_rows(rows, tmp_path / "plots", "ops", "ops")
     assert {p: p.read_bytes() for p in written} == first
+
+
+def test_runs_of_one_command_have_plots_of_their_own(tmp_path):
+    for stem, json_file in (("ops-pool", tmp_path / "ops-pool.json"), ("ops", None)):
+        options = SimpleNamespace(json=json_file, csv=None, plot=tmp_path / stem, command="ops", compare=None)
+        assert cli.finish(options, dict(rows=[timed_row()])) == 0
+        assert {p.name for p in options.plot.iterdir()} == {f"{stem}.svg", f"{stem}.png"}
