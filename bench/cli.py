@@ -72,7 +72,7 @@ def common(sub: argparse.ArgumentParser) -> None:
         "--allocator",
         choices=ALLOCATORS,
         default="default",
-        help="'keep': glibc keeps freed memory, no page faults; 'pool': only our outputs' memory is kept",
+        help="'keep': glibc keeps freed memory, so that nobody's outputs cost page faults",
     )
 
 

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TITLES = {
     "ops": "Memory-bound ops and the loss",
     "ops-default-allocator": "The same where glibc returns freed memory",
-    "ops-pool": "The same with the pool of outputs",
     "attention": "Attention",
     "decode": "Decoding",
     "train-step": "A training step",

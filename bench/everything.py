@@ -7,12 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-# The elementwise ops are timed with the C library's own habits, too, and with the pool of outputs: their outputs are
-# large, and a fresh one costs more page faults than the kernel takes.
+# The elementwise ops are timed with the C library's own habits, too: their outputs are large, and a fresh one costs
+# more page faults than the kernel takes.
 RUNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ops", ("ops", "--allocator", "keep")),
     ("ops-default-allocator", ("ops", "--only", "[2048,", "--allocator", "default")),
-    ("ops-pool", ("ops", "--only", "[2048,", "--allocator", "pool")),
     ("attention", ("attention", "--allocator", "keep")),
     ("decode", ("decode", "--allocator", "keep")),
     ("train-step", ("train-step", "--allocator", "keep")),
@@ -21,8 +20,7 @@ RUNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("window", ("window", "--allocator", "keep")),
     ("gpu-report", ("gpu-report",)),
 )
-OTHER_ALLOCATORS = ("ops-default-allocator", "ops-pool")
-PLOTTED = ("ops", *OTHER_ALLOCATORS, "attention", "decode", "train-step", "model", "overhead")
+PLOTTED = ("ops", "ops-default-allocator", "attention", "decode", "train-step", "model", "overhead")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +43,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     failed, start = [], time.perf_counter()
     for name, parts in RUNS:
-        if options.only not in name or (options.quick and name in OTHER_ALLOCATORS):
+        if options.only not in name or (options.quick and name == "ops-default-allocator"):
             continue
         print(f"== python -m bench {' '.join(parts)}", flush=True)
         before = time.perf_counter()

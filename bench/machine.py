@@ -18,8 +18,7 @@ from mistral_kernels import testing, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("triton", "transformers", "liger-kernel", "flash-attn", "flash-attn-4", "quack-kernels")
-ALLOCATORS = ("default", "keep", "pool")
-POOL_BYTES = 1 << 30
+ALLOCATORS = ("default", "keep")
 
 
 def _git(*arguments: str) -> str:
@@ -68,8 +67,7 @@ def cold_copies(size: int) -> int:
 
 
 def set_allocator(name: str) -> None:
-    """Makes glibc keep freed memory ("keep") instead of returning it, so that large outputs cost no page faults; or
-    only ours ("pool", `mistral_kernels.output_pool`).
+    """Makes glibc keep freed memory ("keep") instead of returning it, so that nobody's large outputs cost page faults.
 
     Raises:
         NotImplementedError: the C library has no mallopt.
@@ -78,8 +76,6 @@ def set_allocator(name: str) -> None:
         raise ValueError(f"allocator is {name!r}; it must be one of {', '.join(ALLOCATORS)}")
     if name == "default":
         return
-    if name == "pool":
-        return mistral_kernels.output_pool(POOL_BYTES)
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):
         raise NotImplementedError("allocator 'keep' needs glibc's mallopt")

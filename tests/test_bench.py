@@ -397,7 +397,7 @@ def test_plots(tmp_path):
 
 
 def test_runs_of_one_command_have_plots_of_their_own(tmp_path):
-    for stem, json_file in (("ops-pool", tmp_path / "ops-pool.json"), ("ops", None)):
+    for stem, json_file in (("ops-default-allocator", tmp_path / "ops-default-allocator.json"), ("ops", None)):
         options = SimpleNamespace(json=json_file, csv=None, plot=tmp_path / stem, command="ops", compare=None)
         assert cli.finish(options, dict(rows=[timed_row()])) == 0
         assert {p.name for p in options.plot.iterdir()} == {f"{stem}.svg", f"{stem}.png"}

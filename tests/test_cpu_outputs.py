@@ -1,9 +1,11 @@
-"""The memory of large outputs on a CPU: what torch gives by default, and the pool that keeps it."""
+"""The memory of large outputs on a CPU: the pool that keeps it, and torch's own where that is off."""
 
 import copy
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -18,21 +20,41 @@ from mistral_kernels._outputs import held
 pytestmark = pytest.mark.skipif(not testing.isa_tiers(), reason="the C++ kernels are not built")
 
 MB = 1 << 20
+UNTIL_TOLD = 512 * MB
 GATE = testing.fill((1024, 1024)).float()  # 4 MB
 
 
-@pytest.fixture
-def pool():
-    mk.output_pool(64 * MB)
-    yield
+@pytest.fixture(autouse=True)
+def empty_pool():
     mk.output_pool(0)
+    yield
+    mk.output_pool(UNTIL_TOLD)
+
+
+@pytest.fixture
+def pool(empty_pool):
+    mk.output_pool(64 * MB)
 
 
 def result(rows=1024):
     return mk.swiglu(GATE[:rows], GATE[:rows], impl="cpu")
 
 
-def test_off_by_default_and_outputs_are_ordinary():
+def test_on_until_told_otherwise():
+    code = f"""
+import torch
+import mistral_kernels as mk
+from mistral_kernels._outputs import held
+x = torch.ones(1024, 1024)
+del (outputs := [mk.swiglu(x, x, impl="cpu") for _ in range(140)])[:135]
+assert held() == {UNTIL_TOLD}, held()
+mk.output_pool(0)
+assert held() == 0 and mk.swiglu(x, x, impl="cpu").untyped_storage().resizable()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_off_outputs_are_ordinary():
     out = result()
     address = out.data_ptr()
     assert held() == 0 and out.untyped_storage().resizable()

@@ -78,7 +78,7 @@ class Pool {
 
   std::mutex lock_;
   std::vector<Block> free_;
-  int64_t limit_ = 0, held_ = 0;
+  int64_t limit_ = pool_limit, held_ = 0;
 };
 
 // Never destroyed: tensors may outlive the statics of this library. A fork waits for the lock, so that the child does

@@ -18,15 +18,16 @@ def _compiled() -> ctypes.CDLL:
 
 
 def output_pool(limit: int) -> None:
-    """Keeps the memory of large outputs on a CPU, once they are freed, for the next ones.
+    """How much memory of large outputs on a CPU is kept, once they are freed, for the next ones: 512 MiB until told.
 
-    Off until it is called. Then outputs of the C++ kernels from 2 MB on take blocks that earlier ones gave back, from
-    whatever thread, instead of fresh pages: docs/cpu.md has what that saves. At most `limit` bytes lie unused; beyond
-    it those are freed that lay unused longest. Such outputs are ordinary tensors but for one thing: their storage
-    cannot be resized, so `resize_` to more elements and `untyped_storage().resize_` raise, as for a tensor from NumPy.
+    Outputs of the C++ kernels from 2 MB on take blocks that earlier ones gave back, from whatever thread, instead of
+    fresh pages: docs/cpu.md has what that saves. At most `limit` bytes lie unused; beyond it those are freed that lay
+    unused longest. Such outputs are ordinary tensors but for one thing: their storage cannot be resized, so `resize_`
+    to more elements and `untyped_storage().resize_` raise, as for a tensor from NumPy.
 
     Args:
-        limit: bytes; 0 turns the pool off and frees what it holds. Outputs still in use keep their memory.
+        limit: bytes; 0 turns the pool off and frees what it holds. Outputs still in use keep their memory, and one
+            larger than the limit is torch's own.
 
     Raises:
         ValueError: limit is no int, or negative.
