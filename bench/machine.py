@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import mistral_kernels
 from mistral_kernels import testing, verify
 
 ROOT = Path(__file__).resolve().parents[1]
