@@ -74,6 +74,14 @@ def test_freed_memory_is_used_again(pool):
     assert again.data_ptr() == address and held() == 0 and torch.equal(again, expected)
 
 
+@pytest.mark.parametrize("call", [mk.swiglu, torch.ops.mistral_kernels.swiglu], ids=["function", "op"])
+def test_every_way_to_call_takes_from_the_pool(pool, call):
+    address = call(GATE, GATE).data_ptr()
+    assert held() == 4 * MB and call(GATE, GATE).data_ptr() == address
+    mk.output_pool(0)
+    assert call(GATE, GATE).untyped_storage().resizable()
+
+
 def test_small_outputs_take_none(pool):
     out = result(rows=64)
     assert out.untyped_storage().resizable()

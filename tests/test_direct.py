@@ -294,11 +294,6 @@ def test_empty_and_scalar_shapes():
     torch.testing.assert_close(mk.rms_norm(deep, W), mk.rms_norm(deep, W, impl="reference"))
 
 
-def test_large_outputs_are_torch_s_own():
-    x = made(1024, 1024)
-    assert mk.swiglu(x, x).untyped_storage().resizable()
-
-
 def test_many_threads_at_once():
     x = [made(4, 64, seed=s) for s in range(8)]
     expected = [mk.swiglu(t, t, impl="reference") for t in x]
