@@ -40,11 +40,6 @@ void tile_queries(const D& t) {
   fetch_rows((p) + (ahead), row);       \
   _tile_loadd(to, p, (row) * 2);
 
-MK_INLINE void fetch_rows(const bf16* p, int64_t row) {
-#pragma GCC unroll 16
-  for (int i = 0; i < matrix_rows; i++) __builtin_prefetch(p + i * row);
-}
-
 #define MK_ADD_KEYS(sum, ahead)                             \
   for (int64_t s = 0; s < steps; s++) {                     \
     _tile_loadd(6, q + s * matrix_block, 64);               \

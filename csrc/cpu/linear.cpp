@@ -181,7 +181,7 @@ MK_INLINE void matrix_dots(const bf16* weight, const bf16* next, int64_t weight_
   const auto step = [&]<int chain>(int64_t s, Registers<chain>) __attribute__((always_inline)) {
     const int64_t later = s + steps_ahead;
     const bf16* ahead = later < whole ? weight + later * step_elements : next + (later - whole) * step_elements;
-    for (int64_t r = 0; r < matrix_rows; r++) __builtin_prefetch(ahead + r * weight_row);
+    fetch_rows(ahead, weight_row);
     multiply_step<chain>({weight + s * step_elements, weight_row * (int64_t)sizeof(bf16)}, x_at(s));
   };
   _tile_zero(0);

@@ -131,6 +131,13 @@ MK_INLINE void multiply_matrices(const void* a, int64_t a_row, Right b, int64_t 
   multiply_matrices<bytes, MT, NT>(Left{a, a_row, matrix_rows * a_row, 64}, b, steps, c, c_row, fresh);
 }
 
+// Asks for what a register of sixteen rows, `row` elements apart, will be loaded from.
+template <class T>
+MK_INLINE void fetch_rows(const T* first, int64_t row) {
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < matrix_rows; r++) __builtin_prefetch(first + r * row);
+}
+
 // A product whose result nobody reads. The unit falls asleep when it has not multiplied for some 900 cycles, and then
 // takes 700 to wake up; while it multiplies, and for 200 cycles after, vectors multiply and compare at half their rate,
 // so that one of these every 600 cycles or so costs least. Measured on Emerald Rapids.
